@@ -1,0 +1,80 @@
+"""Arithmetic of batches: one optimizer step = processes x accumulation x micro-batch images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tuning.errors import UserError
+
+LARGEST_AUTO_MICRO_BATCH = 64
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the images of one optimizer step are shared out.
+
+    Attributes:
+        batch_size: images per optimizer step over all processes.
+        micro_batch: images per forward pass per process.
+        world_size: processes.
+    """
+
+    batch_size: int
+    micro_batch: int
+    world_size: int
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes of one process in a full optimizer step."""
+        return self.batch_size // (self.micro_batch * self.world_size)
+
+    def micro_steps(self, images: int) -> int:
+        """Forward passes of one process in an optimizer step over *images* images (a short last window has fewer)."""
+        return math.ceil(images / (self.micro_batch * self.world_size))
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Optimizer steps that see each of *images* images once; the last one may be short."""
+        return math.ceil(images / self.batch_size)
+
+
+def plan_batch(batch_size: int, micro_batch: int | str, world_size: int, train_images: int) -> BatchPlan:
+    """Split a global batch over processes and forward passes.
+
+    Raises:
+        UserError: when the division leaves a remainder or the batch exceeds the data.
+    """
+    if batch_size > train_images:
+        raise UserError(
+            f"--batch-size {batch_size} is larger than the training data ({train_images} images). "
+            f"Choose at most {train_images}."
+        )
+    share, rest = divmod(batch_size, world_size)
+    if rest:
+        below, above = share * world_size, (share + 1) * world_size
+        choice = f"{below} or {above}" if below else str(above)
+        raise UserError(
+            f"--batch-size {batch_size} (images per optimizer step over all processes) doesn't divide by "
+            f"{world_size} processes. Choose {choice}."
+        )
+    if micro_batch == "auto":
+        micro = max(d for d in _divisors(share) if d <= LARGEST_AUTO_MICRO_BATCH)
+    else:
+        micro = int(micro_batch)
+        if share % micro:
+            fitting = ", ".join(map(str, _divisors(share)))
+            raise UserError(
+                f"--micro-batch {micro} doesn't divide the {share} images of each process "
+                f"(--batch-size {batch_size} / {world_size} processes). Choose one of {fitting}."
+            )
+    return BatchPlan(batch_size, micro, world_size)
+
+
+def scaled_lr(lr: float, scaling: str, batch_size: int, lr_batch: int) -> float:
+    """The LR for *batch_size* images when *lr* was tuned for *lr_batch* (linear: Goyal et al. 2017)."""
+    ratio = batch_size / lr_batch
+    return {"none": lr, "linear": lr * ratio, "sqrt": lr * math.sqrt(ratio)}[scaling]
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,222 @@
+"""A run is a list of stages: which depth is open, for how long, at which rate, with which optimizer and schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tuning import schedules
+from tuning.coerce import coerce, field_types
+from tuning.errors import UserError, did_you_mean
+from tuning.flags import ScheduleName
+
+GRADUAL_PARTS = 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. Every field but `name` and `open` defaults to the flag of the same name.
+
+    Attributes:
+        name: shown in the plan and marked in the curves.
+        open: ``head``; ``all``; a whole number n = the head and the n layers below it; a fraction f in (0, 1] = the
+            head and that part of the depth.
+        epochs: passes over the data.
+        lr: peak learning rate of the head, after --lr-scaling.
+        lr_ratio: stem LR / head LR (None when `layer_decay` is given).
+        layer_decay: LR factor per layer (None when `lr_ratio` is given).
+        batch_size: images per optimizer step over all processes.
+        image_size: side of the input in pixels (None = the model's).
+        cache_features: compute the input of the head once; for ``open: head`` only.
+    """
+
+    name: str
+    open: str | int | float
+    epochs: int
+    lr: float
+    lr_ratio: float | None
+    layer_decay: float | None
+    optimizer: str
+    momentum: float
+    weight_decay: float
+    schedule: ScheduleName
+    warmup_epochs: float
+    cycle_epochs: float | None
+    cycle_mult: int
+    cycle_decay: float
+    step_epochs: float | None
+    step_gamma: float
+    lr_floor: float
+    batch_size: int
+    image_size: int | None
+    batch_norm: Literal["frozen", "train"]
+    augment: Literal["none", "light", "medium"]
+    cache_features: bool
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole stage."""
+        return self.epochs * steps_per_epoch
+
+    def factor(self, steps_per_epoch: int) -> Callable[[int], float]:
+        """The schedule: optimizer step within the stage -> factor of the peak LR."""
+        total = self.steps(steps_per_epoch)
+        warmup = round(self.warmup_epochs * steps_per_epoch)
+        rest = max(1, total - warmup)
+        return schedules.with_warmup(self._shape(rest, steps_per_epoch), warmup)
+
+    def _shape(self, steps: int, steps_per_epoch: int) -> Callable[[int], float]:
+        def in_steps(epochs: float | None, default: float) -> int:
+            return max(1, round(default if epochs is None else epochs * steps_per_epoch))
+
+        match self.schedule:
+            case "constant":
+                return schedules.constant()
+            case "cosine":
+                return schedules.cosine(steps, self.lr_floor)
+            case "one-cycle":
+                return schedules.one_cycle(steps)
+            case "sgdr":
+                first = in_steps(self.cycle_epochs, steps)
+                return schedules.sgdr(first, self.cycle_mult, self.lr_floor, self.cycle_decay)
+            case "step":
+                return schedules.step_decay(in_steps(self.step_epochs, steps / 3), self.step_gamma)
+            case "triangular":
+                return schedules.triangular(max(1, in_steps(self.cycle_epochs, steps) // 2), self.lr_floor)
+
+    def cut_cycle(self, steps_per_epoch: int) -> str | None:
+        """A warning when the stage ends inside an SGDR cycle, at a learning rate that has not come down yet."""
+        if self.schedule != "sgdr" or self.cycle_epochs is None:
+            return None
+        first, steps = round(self.cycle_epochs * steps_per_epoch), self.steps(steps_per_epoch)
+        steps -= round(self.warmup_epochs * steps_per_epoch)
+        starts = [0, *schedules.restarts(first, self.cycle_mult, steps + 1)]
+        if starts[-1] == steps:
+            return None
+        length = first * self.cycle_mult ** (len(starts) - 1)
+        done = (steps - starts[-1]) / length
+        fitting = (starts[-1] + length) / steps_per_epoch + self.warmup_epochs
+        return f"stage {self.name!r} ends {done:.0%} into its last SGDR cycle; {fitting:g} epochs would finish it"
+
+
+def check_stage(stage: Stage) -> None:
+    """Refuse values that no stage can have.
+
+    Raises:
+        UserError: names the stage, the key, the value and the remedy.
+    """
+
+    def refuse(ok: bool, key: str, remedy: str) -> None:
+        if not ok:
+            flag = key.replace("_", "-")
+            raise UserError(f"stage {stage.name!r}: --{flag} is {getattr(stage, key)!r}; {remedy}.")
+
+    refuse(math.isfinite(stage.lr) and stage.lr > 0, "lr", "give a learning rate above 0, for example 3e-4")
+    refuse(stage.epochs >= 1, "epochs", "give at least 1 epoch or leave the stage out")
+    refuse(stage.batch_size >= 1, "batch_size", "give at least 1 image")
+    refuse(stage.image_size is None or stage.image_size >= 8, "image_size", "give at least 8 pixels")
+    refuse(_finite_from_zero(stage.weight_decay), "weight_decay", "give 0 or more")
+    refuse(0 <= stage.momentum < 1, "momentum", "give a number in [0, 1)")
+    refuse(0 <= stage.lr_floor < 1, "lr_floor", "give a fraction of the peak in [0, 1)")
+    refuse(0 <= stage.warmup_epochs < stage.epochs, "warmup_epochs", "give less than the stage's epochs")
+    refuse(stage.cycle_epochs is None or stage.cycle_epochs > 0, "cycle_epochs", "give more than 0 epochs")
+    refuse(stage.step_epochs is None or stage.step_epochs > 0, "step_epochs", "give more than 0 epochs")
+    refuse(stage.cycle_mult >= 1, "cycle_mult", "give 1 or more")
+    refuse(0 < stage.cycle_decay <= 1, "cycle_decay", "give a factor in (0, 1]")
+    refuse(0 < stage.step_gamma <= 1, "step_gamma", "give a factor in (0, 1]")
+    refuse(stage.layer_decay is None or 0 < stage.layer_decay <= 1, "layer_decay", "give a factor in (0, 1]")
+    refuse(stage.lr_ratio is None or 0 < stage.lr_ratio <= 1, "lr_ratio", "give a ratio in (0, 1]")
+    if stage.layer_decay is not None and stage.lr_ratio is not None:
+        raise UserError(
+            f"stage {stage.name!r}: --layer-decay {stage.layer_decay} and --lr-ratio {stage.lr_ratio} exclude each "
+            "other; give one of the two."
+        )
+    _check_open(stage)
+
+
+def _finite_from_zero(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+def _check_open(stage: Stage) -> None:
+    depth = stage.open
+    ok = depth in ("head", "all") if isinstance(depth, str) else depth >= 1 if isinstance(depth, int) else 0 < depth <= 1
+    if not ok:
+        raise UserError(
+            f"stage {stage.name!r}: open is {depth!r}; give head, all, a number of layers from 1, or a fraction "
+            "of the depth in (0, 1]."
+        )
+    if stage.cache_features and depth != "head":
+        raise UserError(
+            f"stage {stage.name!r}: cache_features needs all layers below the head closed, but open is {depth!r}; "
+            "use open: head or leave cache_features out."
+        )
+
+
+def read_stages(listed: Sequence[Mapping[str, Any]], base: Stage, where: str) -> list[Stage]:
+    """Stages from the YAML list under ``stages:``; keys that a stage leaves out come from *base*.
+
+    Raises:
+        UserError: an unknown key (names the nearest), a value of the wrong type, or no list.
+    """
+    if not isinstance(listed, list) or not listed or not all(isinstance(entry, dict) for entry in listed):
+        raise UserError(f"{where}: stages must be a list of stages like '- {{open: head, epochs: 3}}'; got {listed!r}.")
+    return [_read_stage(entry, base, f"{where}: stage {number}") for number, entry in enumerate(listed, start=1)]
+
+
+def _read_stage(entry: Mapping[str, Any], base: Stage, where: str) -> Stage:
+    types = field_types(Stage)
+    given = {}
+    for key, value in entry.items():
+        key = str(key).replace("-", "_")
+        if key not in types:
+            raise UserError(f"{where} has the unknown key {key!r}.{did_you_mean(key, types)} Known: {', '.join(types)}.")
+        given[key] = _read_depth(value) if key == "open" else coerce(value, types[key], f"{where}, {key}")
+    if "open" not in given:
+        raise UserError(f"{where} doesn't say what is open; add open: head, all, or a number of layers.")
+    if given.get("layer_decay") is not None and "lr_ratio" not in given:
+        given["lr_ratio"] = None
+    if given.get("lr_ratio") is not None and "layer_decay" not in given:
+        given["layer_decay"] = None
+    given.setdefault("name", _default_name(given["open"]))
+    return dataclasses.replace(base, **{"cache_features": False, **given})
+
+
+def _read_depth(value: Any) -> str | int | float:
+    if isinstance(value, str) and value.endswith("%"):
+        return float(value[:-1]) / 100
+    return value if isinstance(value, str | int | float) and not isinstance(value, bool) else str(value)
+
+
+def _default_name(depth: str | int | float) -> str:
+    if isinstance(depth, str):
+        return depth
+    return f"top-{depth}" if isinstance(depth, int) else f"top-{depth:.0%}"
+
+
+def standard_stages(base: Stage, freeze_epochs: int, freeze_lr: float, unfreeze: str) -> list[Stage]:
+    """Head first for *freeze_epochs*, then everything for ``base.epochs``, at once or gradually from the top.
+
+    Args:
+        base: the values every stage starts from; its `epochs` are those after the frozen ones.
+        unfreeze: ``all``, or ``gradual`` = four equal parts of the depth (fewer when there are fewer epochs),
+            opened from the top (Howard & Ruder 2018).
+    """
+    stages = []
+    if freeze_epochs:
+        stages.append(dataclasses.replace(base, name="head", open="head", epochs=freeze_epochs, lr=freeze_lr))
+    if base.epochs and unfreeze == "all":
+        stages.append(dataclasses.replace(base, name="all", open="all", cache_features=False))
+    elif base.epochs:
+        parts = min(GRADUAL_PARTS, base.epochs)
+        for part in range(1, parts + 1):
+            epochs = base.epochs * part // parts - base.epochs * (part - 1) // parts
+            depth: str | float = "all" if part == parts else part / parts
+            stages.append(
+                dataclasses.replace(base, name=_default_name(depth), open=depth, epochs=epochs, cache_features=False)
+            )
+    if not stages:
+        raise UserError("--freeze-epochs 0 and --epochs 0 leave nothing to train; raise one of the two.")
+    return stages
