@@ -1,0 +1,115 @@
+"""The order of the images: a pure function of (seed, epoch), the same for any number of processes.
+
+Nothing here holds state, so a run can go on from any optimizer step and no generator has to be saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from tuning.sizes import BatchPlan
+
+
+class Item(NamedTuple):
+    """One place in a micro-batch.
+
+    Attributes:
+        epoch: pass over the data; with `index` it seeds every random draw for the image.
+        index: row of the dataset.
+        weight: 1 = a real image of this step, 0 = filler that keeps the batch full (a short last window).
+    """
+
+    epoch: int
+    index: int
+    weight: float
+
+
+def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
+    """Permutation of ``range(images)`` for one epoch."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(images)
+
+
+def uniform(seed: int, epoch: int, index: np.ndarray, stream: int) -> np.ndarray:
+    """Independent draws in [0, 1), one per image, as a hash of (seed, epoch, index, stream).
+
+    SplitMix64 (Steele, Lea & Flood 2014) over the counters; no generator, hence nothing to save or to share.
+
+    Args:
+        index: dataset rows, shape ``(B,)``.
+        stream: names the use (flips, crops, ...), so that uses are independent.
+    """
+    state = np.zeros(len(index), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for counter in (seed, epoch, stream, index):
+            state = _mix(state + np.asarray(counter, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+    return (state >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def step_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+    """Seed of torch's generators for one forward pass (dropout, drop-path), in [0, 2^63)."""
+    return int(uniform(seed, step, np.array([rank]), stream=1_000 + micro_step)[0] * 2**53)
+
+
+@dataclass(frozen=True)
+class TrainOrder:
+    """Which images every process sees in every forward pass of an epoch.
+
+    An optimizer step takes the next `batch_size` images of the epoch's order. They are dealt out contiguously: first to
+    forward pass 0 of rank 0, 1, ..., then to forward pass 1. The last step of an epoch may be short; its last forward
+    pass is filled up with images from the start of the order at weight 0.
+    """
+
+    images: int
+    seed: int
+    batch: BatchPlan
+    rank: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the images."""
+        return self.batch.steps_per_epoch(self.images)
+
+    def images_in(self, step: int) -> int:
+        """Real images of optimizer step *step* of an epoch, over all processes."""
+        return min(self.batch.batch_size, self.images - step * self.batch.batch_size)
+
+    def micro_batches(self, epoch: int, first_step: int = 0) -> Iterator[list[Item]]:
+        """This process's micro-batches of an epoch, from optimizer step *first_step* on, all of full size."""
+        order = epoch_order(self.images, self.seed, epoch)
+        for step in range(first_step, self.steps_per_epoch):
+            yield from self._step(order, epoch, step)
+
+    def _step(self, order: np.ndarray, epoch: int, step: int) -> Iterator[list[Item]]:
+        micro, start, real = self.batch.micro_batch, step * self.batch.batch_size, self.images_in(step)
+        for pass_number in range(self.batch.micro_steps(real)):
+            first = (pass_number * self.batch.world_size + self.rank) * micro
+            places = range(first, first + micro)
+            yield [Item(epoch, int(order[(start + p) % self.images]), float(p < real)) for p in places]
+
+
+@dataclass(frozen=True)
+class EvalOrder:
+    """Every image exactly once over all processes, in batches; filler at weight 0 keeps the processes equally long."""
+
+    images: int
+    batch_size: int
+    rank: int
+    world_size: int
+
+    def micro_batches(self) -> Iterator[list[Item]]:
+        """This process's batches; the same number and sizes on every process."""
+        share = -(-self.images // self.world_size)
+        mine = [(self.rank + self.world_size * n) for n in range(share)]
+        items = [Item(0, index % self.images, float(index < self.images)) for index in mine]
+        for first in range(0, share, self.batch_size):
+            yield items[first : first + self.batch_size]
