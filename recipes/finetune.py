@@ -1,0 +1,162 @@
+"""Fine-tune a timm backbone in stages, on one process or many.
+
+    accelerate launch recipes/finetune.py                                          # the demo
+    accelerate launch recipes/finetune.py --data photos --model convnext_tiny      # the main job
+
+Read from top to bottom: this file is the trainer.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from tuning.command_line import Command, flat, run_recipe
+
+
+def finetune(command: Command) -> None:
+    """Fine-tune any timm backbone in stages. Without flags: the demo, on photos of solar cells."""
+    # The flags are known to be right by now; only here torch is imported.
+    from tuning import checkpoint, plots, run_folder, session
+    from tuning.agreement import refuse_drift
+    from tuning.clipping import clipping
+    from tuning.console import Speaker
+    from tuning.data.sources import open_data
+    from tuning.engine import train_steps
+    from tuning.entering import enter_stage
+    from tuning.evaluation import evaluate
+    from tuning.feeds import stage_feeds
+    from tuning.losses import cross_entropy
+    from tuning.models import build, save_timm_folder
+    from tuning.plan import make_plan
+    from tuning.progress import Progress
+    from tuning.summary import better, failure_noted, make_summary
+    from tuning.track import Curves, open_tracker, tracker_id
+
+    flags, run, started = command.flags, command.flags.run, time.time()
+
+    # 1. Session: device, processes, precision. Every line below runs on every process.
+    session.keep_freed_memory()
+    accelerator = session.start(run.precision, run.threads)
+    speaker = Speaker(accelerator.is_main_process)
+
+    # 2. Data and model.
+    with accelerator.local_main_process_first():  # the others find its cache
+        data = open_data(**vars(flags.data), seed=run.seed)
+    model, info = build(
+        flags.model.model,
+        classes=data.classes,
+        weights=flags.model.weights,
+        head_init=flags.model.head_init,
+        init=flags.model.init,
+        drop_rate=flags.model.drop_rate,
+        drop_path_rate=flags.model.drop_path_rate,
+        image_size=flags.model.image_size,
+        seed=run.seed,
+    )
+    model.to(accelerator.device)
+
+    # 3. The plan, before anything is spent.
+    plan = make_plan(
+        command.stages,
+        model,
+        train_images=len(data.train),
+        world_size=accelerator.num_processes,
+        micro_batch=flags.batch.micro_batch,
+        image_size=info.input_size,
+    )
+    folder = run_folder.choose(run.output, info.name, data.name, session.same_everywhere(started))
+    run_folder.refuse_other_run(folder, run.resume, command.config)
+    speaker.show_plan(plan, data, info, accelerator, folder, best_by=run.best_by)
+    if accelerator.is_main_process:
+        plots.draw_schedule(plan, folder.plots / "schedule.png")
+    if run.dry_run:
+        speaker.say(f"Dry run: nothing was trained. See {folder.plots}/schedule.png for the learning rates.")
+        return
+
+    # 4. Where we are: at the start, or where an earlier run stopped.
+    found = checkpoint.find(folder.path, run.resume)
+    progress = found.progress if found else Progress()
+    if accelerator.is_main_process:
+        folder.create(command.config)
+        run_folder.forget_lines_after(folder.metrics, progress.step)
+    if found:
+        speaker.say_resumed(found, accelerator.num_processes)
+
+    # 5. Tracking: metrics.jsonl always, W&B or TensorBoard beside it.
+    tracker = open_tracker(
+        accelerator, run.tracker, folder, run.project, run.run_name, flat(flags), progress.tracker_id
+    )
+    progress.tracker_id = tracker_id(accelerator, tracker)
+    curves = Curves(accelerator, folder, tracker, run.log_every)
+
+    # 6. Training: one `for` over stages, one over optimizer steps.
+    loss = cross_entropy(flags.regularisation.label_smoothing)
+    clip = clipping(flags.optimisation.clip_norm, flags.optimisation.clip_value, flags.optimisation.clip_agc)
+    workers = session.loader_workers(flags.batch.workers)
+    last_step = min(sum(planned.steps for planned in plan), run.max_steps or 2**63)
+    entered = None
+    with speaker, failure_noted(folder, accelerator.is_main_process):
+        while progress.step < last_step:
+            planned = plan[progress.stage]
+            entered = enter_stage(accelerator, model, planned, before=entered)
+            if found:
+                checkpoint.load(accelerator, found, entered)
+                found = None
+            feeds = stage_feeds(
+                accelerator,
+                entered,
+                planned,
+                data,
+                info,
+                seed=run.seed,
+                flip=flags.regularisation.flip,
+                workers=workers,
+            )
+            curves.begin_stage(planned.stage.name, progress)
+
+            for step in train_steps(accelerator, entered, feeds.train, loss, clip, progress, run.seed):
+                ends_run = step.step == last_step
+                curves.add(step, progress)
+                speaker.show_progress(planned.stage.name, step.step, last_step, curves.latest)
+                if step.ends_stage or ends_run or (step.ends_epoch and not planned.stage.cache_features):
+                    curves.flush(progress)
+                    metrics = evaluate(accelerator, feeds.judged, feeds.evaluation, len(data.eval), len(data.classes))
+                    curves.write_evaluation(metrics, step, progress)
+                    speaker.say_evaluation(planned.stage.name, step, metrics, curves.latest)
+                    if better(metrics[run.best_by], progress.best, run.best_by):
+                        progress.best, progress.best_epoch = metrics[run.best_by], progress.epoch
+                        if accelerator.is_main_process:
+                            save_timm_folder(model, info, data.classes, folder.model)
+                    checkpoint.save(accelerator, folder.path, entered, progress, run.keep)
+                elif run.save_every and step.step % run.save_every == 0:
+                    curves.flush(progress)
+                    checkpoint.save(accelerator, folder.path, entered, progress, run.keep)
+                if ends_run:
+                    break
+
+            refuse_drift(accelerator, model)
+            speaker.say_unreadable(feeds.unreadable())
+            progress.stage, progress.stage_step = progress.stage + 1, 0
+
+    # 7. Finish: summary, pictures, what to look at next.
+    if accelerator.is_main_process:
+        plots.draw_curves(folder.metrics, folder.plots / "curves.png")
+        facts = {
+            "seconds": round(time.time() - started, 1),
+            "images_per_second": curves.images_per_second,
+            "world_size": accelerator.num_processes,
+            "precision": session.precision_name(accelerator),
+            "train_images": len(data.train),
+            "eval_images": len(data.eval),
+            "skipped_steps": progress.skipped,
+        }
+        summary = make_summary(folder, run.best_by, facts)
+        folder.write_summary(summary)
+        curves.finish(summary, folder.plots)
+        speaker.say_finished(summary, folder, run.tracker)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_recipe(finetune, "recipes/finetune.py", presets=Path(__file__).parent / "presets")

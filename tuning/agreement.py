@@ -1,0 +1,40 @@
+"""Processes hold one model: statistics are averaged, and drift between them is an error, not a surprise."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+
+class DriftError(RuntimeError):
+    """Processes that should hold the same parameters don't."""
+
+
+def average_statistics(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give every process the mean of the BatchNorm statistics, which training batches move apart.
+
+    Otherwise each process would evaluate, and rank 0 save, a slightly different model.
+    """
+    if accelerator.num_processes == 1:
+        return
+    moving = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for statistics in (s for m in moving for s in (m.running_mean, m.running_var) if s is not None):
+        statistics.copy_(accelerator.reduce(statistics, reduction="mean"))
+
+
+def refuse_drift(accelerator: Accelerator, model: nn.Module) -> None:
+    """Compare every tensor of the model over all processes, by its sum in float64. All processes take part.
+
+    Raises:
+        DriftError: names the first tensor that differs.
+    """
+    if accelerator.num_processes == 1:
+        return
+    state = model.state_dict()
+    mine = torch.stack([tensor.detach().double().sum() for tensor in state.values()])
+    every = accelerator.gather(mine).view(accelerator.num_processes, -1)
+    apart = torch.nonzero((every != every[0]).any(dim=0)).flatten().tolist()
+    if apart:
+        name = list(state)[apart[0]]
+        raise DriftError(f"{len(apart)} of {len(state)} tensors differ between processes, the first is {name}.")

@@ -1,0 +1,197 @@
+"""What a person sees: the plan, the progress, the closing lines. Speaks on rank 0 only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from tuning.checkpoint import Checkpoint
+from tuning.data.sources import Data
+from tuning.data.tables import label_array
+from tuning.engine import Step
+from tuning.models import ModelInfo
+from tuning.plan import StagePlan
+from tuning.run_folder import RunFolder
+from tuning.session import precision_name
+
+CLASSES_SHOWN = 8
+LOG_WIDTH = 140  # of tables in a log file, characters
+
+
+class Speaker:
+    """Prints on rank 0 and keeps quiet elsewhere; a live progress bar in a terminal, plain lines in a log file."""
+
+    def __init__(self, is_main: bool) -> None:
+        self.console = Console(quiet=not is_main, highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = LOG_WIDTH
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[values]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        live = is_main and self.console.is_terminal
+        self._bar = Bar(*columns, console=self.console, disable=not live, transient=True)
+        self._task = self._bar.add_task("", total=None, values="")
+
+    def __enter__(self) -> Speaker:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(escape(text))
+
+    def show_progress(self, stage: str, step: int, total: int, latest: Mapping[str, float]) -> None:
+        """Move the bar (terminal only)."""
+        values = ""
+        if latest:
+            values = f"loss {latest['loss']:.3f}  lr {latest['lr']:.1e}  {latest['images_per_second']:.0f} images/s"
+        self._bar.update(self._task, description=stage, completed=step, total=total, values=values)
+
+    def show_plan(
+        self,
+        plan: Sequence[StagePlan],
+        data: Data,
+        info: ModelInfo,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        best_by: str,
+    ) -> None:
+        """Everything that will happen, before anything is spent."""
+        pixels = sorted({planned.image_size for planned in plan})
+        facts = {
+            "data": f"{data.name}: {len(data.train):,} training and {len(data.eval):,} evaluation images",
+            "classes": _class_counts(data),
+            "model": f"{info.name}, {sum(g.parameters for g in plan[0].groups):,} parameters; {info.weights}",
+            "input": f"{', '.join(map(str, pixels))} pixels, mean {info.mean}, std {info.std}, {info.interpolation}",
+            "hardware": f"{accelerator.num_processes} x {accelerator.device.type}, {precision_name(accelerator)}"
+            + (f", {torch.get_num_threads()} threads each" if accelerator.device.type == "cpu" else ""),
+            "steps": f"{sum(planned.steps for planned in plan):,} optimizer steps",
+            "best": f"model/ keeps the weights with the best eval/{best_by}",
+            "output": shown_path(folder.path),
+        }
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in facts.items():
+            table.add_row(name, escape(value))
+        self.console.print(table)
+        for note in data.notes:
+            self.say(f"note: {note}")
+        self.show_stages(plan)
+        self.show_groups(plan)
+        for warning in (planned.stage.cut_cycle(planned.steps_per_epoch) for planned in plan):
+            if warning:
+                self.say(f"note: {warning}")
+
+    def say_resumed(self, found: Checkpoint, world_size: int) -> None:
+        """Where the run goes on, and what can't be the same."""
+        self.say(
+            f"Going on from {shown_path(found.folder)}: step {found.progress.step:,}, stage {found.progress.stage}."
+        )
+        if found.world_size != world_size:
+            self.say(
+                f"note: it was saved by {found.world_size} processes and goes on with {world_size}: the same global "
+                "batches in the same order, equal up to float rounding and dropout."
+            )
+
+    def say_evaluation(self, stage: str, step: Step, metrics: Mapping[str, float], latest: Mapping[str, float]) -> None:
+        """One line an evaluation."""
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "images")
+        self.say(
+            f"{stage:>10}  epoch {step.epoch:g}  step {step.step:,}  train loss {latest['loss']:.4f}  eval: {numbers}"
+            f"  ({latest['images_per_second']:.0f} images/s)"
+        )
+
+    def say_unreadable(self, names: Sequence[str]) -> None:
+        """Pictures that could not be read, if any."""
+        if names:
+            shown = "".join(f"\n  {name}" for name in names[:10])
+            more = f"\n  and {len(names) - 10} more" if len(names) > 10 else ""
+            self.say(
+                f"warning: {len(names)} pictures could not be read; training took others in their place:{shown}{more}"
+            )
+
+    def say_finished(self, summary: Mapping[str, Any], folder: RunFolder, tracker: str) -> None:
+        """The result, where the model lies and how to look at the run."""
+        path = shown_path(folder.path)
+        best, metric = summary["best"], summary["best_by"]
+        self.say(f"Done in {summary['seconds']:.0f} s. Best {metric} {best[metric]:.4f} at epoch {best['epoch']:g}.")
+        self.say(f"  model    {path}/model    timm.create_model('local-dir:{path}/model', pretrained=True)")
+        self.say(f"  curves   {path}/plots/curves.png, {path}/metrics.jsonl")
+        if tracker == "wandb":
+            self.say(
+                f"  W&B      wandb leet {path}/wandb/latest-run    (wandb sync {path}/wandb/latest-run uploads it)"
+            )
+        if tracker == "tensorboard":
+            self.say(f"  look     tensorboard --logdir {path}")
+
+    def show_stages(self, plan: Sequence[StagePlan]) -> None:
+        """One row a stage."""
+        table = Table(title="Stages", title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for heading in ("stage", "open", "parameters", "epochs", "steps", "batch", "pixels", "LR stem .. head", "how"):
+            table.add_column(heading, justify="right" if heading in ("parameters", "epochs", "steps") else "left")
+        for planned in plan:
+            stage, batch = planned.stage, planned.batch
+            rates = [group.peak_lr for group in planned.groups if group.open_parameters]
+            shared = f"{batch.batch_size} = {batch.world_size} x {batch.accumulation} x {batch.micro_batch}"
+            how = f"{stage.optimizer}, {stage.schedule}" + (", features once" if stage.cache_features else "")
+            depth = f"{stage.open:.0%}" if isinstance(stage.open, float) else str(stage.open)
+            table.add_row(
+                escape(stage.name),
+                depth,
+                f"{planned.open_parameters:,}",
+                str(stage.epochs),
+                f"{planned.steps:,}",
+                shared,
+                str(planned.image_size),
+                f"{rates[0]:.3g} .. {rates[-1]:.3g}",
+                how,
+            )
+        self.console.print(table)
+
+    def show_groups(self, plan: Sequence[StagePlan]) -> None:
+        """One row a parameter group, its peak LR in every stage."""
+        table = Table(title="Parameter groups, peak LR a stage", title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for heading in ("group", "depth", "parameters", "weight decay", *(p.stage.name for p in plan)):
+            table.add_column(escape(heading), justify="left" if heading == "group" else "right")
+        for across in zip(*(planned.groups for planned in plan), strict=True):
+            group = across[0]
+            rates = [f"{g.peak_lr:.3g}" if g.open_parameters else "closed" for g in across]
+            table.add_row(group.name, str(group.depth), f"{group.parameters:,}", f"{across[-1].weight_decay:g}", *rates)
+        self.console.print(table)
+
+
+def _class_counts(data: Data) -> str:
+    counts = np.bincount(label_array(data.train), minlength=len(data.classes))
+    shown = ", ".join(
+        f"{name} {count:,}" for name, count in list(zip(data.classes, counts, strict=True))[:CLASSES_SHOWN]
+    )
+    more = f", ... (smallest {counts.min():,}, largest {counts.max():,})" if len(data.classes) > CLASSES_SHOWN else ""
+    return f"{len(data.classes)}: {shown}{more}"
+
+
+def shown_path(path: Path) -> str:
+    """Relative to the working directory where that is shorter."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,116 @@
+"""Entering a stage: the only place that opens and closes layers, and the only place that wraps a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from tuning.depth import closed_eval, freeze_batch_norm, open_names, set_open
+from tuning.groups import check_decay, param_groups, set_peak_lrs
+from tuning.optimizers import create_optimizer
+from tuning.plan import StagePlan
+from tuning.stages import Stage
+
+
+@dataclass
+class Entered:
+    """What a stage trains with.
+
+    Attributes:
+        stage: its description.
+        model: the raw model; name and save parameters on this one.
+        trained: `model`, or its head alone when the stage trains on cached features.
+        wrapped: what to call in training: autocast and, with several processes, DDP around `trained`.
+        optimizer: over all groups of `model`, closed ones included, so that its state keeps its shape.
+        factor: optimizer step within the stage -> factor of every group's peak LR.
+    """
+
+    stage: Stage
+    model: nn.Module
+    trained: nn.Module
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    factor: Callable[[int], float]
+
+    def train_mode(self) -> None:
+        """Training mode for open layers, evaluation mode for closed ones (their BatchNorm and dropout rest)."""
+        self.wrapped.train()
+        self.model.train()
+        closed_eval(self.model)
+        if self.stage.batch_norm == "frozen":
+            freeze_batch_norm(self.model)
+
+    @property
+    def lrs(self) -> dict[str, float]:
+        """``{group name: learning rate}`` of the open groups now."""
+        groups = self.optimizer.param_groups
+        return {g["name"]: g["lr"] for g in groups if any(p.requires_grad for p in g["params"])}
+
+
+def enter_stage(
+    accelerator: Accelerator, model: nn.Module, planned: StagePlan, before: Entered | None = None
+) -> Entered:
+    """Open and close layers, set every group's peak LR, and wrap the model anew. All processes take part.
+
+    DDP hooks only the parameters that are open when it wraps, so every stage gets its own wrapper. The optimizer lives
+    on, with its state, while stages name the same one; another one starts fresh.
+
+    Args:
+        model: the raw model, already on the accelerator's device.
+        before: the stage that ends now.
+
+    Raises:
+        UserError: layer decay that would leave all learning rates equal, or a depth the model doesn't have.
+    """
+    stage, decay = planned.stage, planned.layer_decay
+    if before is not None:
+        _forget_wrapper(accelerator, before.wrapped)
+    set_open(model, open_names(model, stage.open))
+    if before is not None and _same_optimizer(before.stage, stage):
+        optimizer = before.optimizer
+        set_peak_lrs(optimizer.param_groups, stage.lr, decay)
+    else:
+        groups = param_groups(model, lr=stage.lr, layer_decay=decay, weight_decay=stage.weight_decay)
+        accelerator._optimizers.clear()
+        optimizer = accelerator.prepare_optimizer(create_optimizer(stage.optimizer, groups, stage.momentum))
+    check_decay(optimizer.param_groups, decay)
+    trained = HeadOnly(model) if stage.cache_features else model
+    wrapped = accelerator.prepare_model(trained)
+    factor = stage.factor(planned.steps_per_epoch)
+    entered = Entered(stage, model, trained, wrapped, optimizer, factor)
+    entered.train_mode()
+    return entered
+
+
+def _same_optimizer(a: Stage, b: Stage) -> bool:
+    return (a.optimizer, a.momentum, a.weight_decay) == (b.optimizer, b.momentum, b.weight_decay)
+
+
+def _forget_wrapper(accelerator: Accelerator, wrapped: nn.Module) -> None:
+    """Undo `prepare_model`: give back the raw forward and drop the wrapper from the accelerator's list.
+
+    Without this the next `prepare_model` nests autocast and registers the model twice. `free_memory` would also drop
+    the optimizer.
+    """
+    raw = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
+    accelerator._models.clear()
+    raw.__dict__.pop("_is_accelerate_prepared", None)
+
+
+class HeadOnly(nn.Module):
+    """The classifier of a timm model alone: pooled features ``(B, C)`` -> logits ``(B, K)``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.drop_rate = float(getattr(model, "drop_rate", 0.0))
+        self.classifier: Any = model.get_classifier()  # type: ignore[operator]
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Dropout as in the whole model, then the classifier."""
+        dropped = nn.functional.dropout(features, self.drop_rate, self.training)
+        return self.classifier(dropped)  # type: ignore[no-any-return]

@@ -1,0 +1,50 @@
+"""Exact evaluation on any number of processes: every image counts once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from tuning.data.loader import Micro
+from tuning.errors import UserError
+from tuning.losses import cross_entropy
+from tuning.metrics import classification_metrics, rank_classes
+
+
+def evaluate(
+    accelerator: Accelerator, model: nn.Module, feed: Iterable[Micro], images: int, classes: int
+) -> dict[str, float]:
+    """Metrics over all *images* images, the same numbers on every process; leaves the model in evaluation mode.
+
+    The loss is plain cross-entropy, so that runs with different smoothing compare. Pictures that can't be read are
+    left out; ``images`` in the result is the number that counted.
+
+    Args:
+        model: the raw model (or a head on cached features).
+        feed: this process's part, as dealt out by `EvalOrder`: equally long on every process, filler at weight 0.
+        images: images of the whole evaluation set.
+
+    Raises:
+        UserError: not one picture could be read.
+    """
+    model.eval()
+    loss = cross_entropy()
+    parts: list[tuple[Tensor, ...]] = []
+    with torch.inference_mode(), accelerator.autocast():
+        for micro in feed:
+            logits = model(micro.inputs).float()
+            index = micro.index.to(logits.device, non_blocking=True)
+            parts.append((rank_classes(logits), micro.labels, loss(logits, micro.labels), micro.weights, index))
+    mine = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    ranked, labels, losses, weights, index = (column.cpu() for column in accelerator.gather(mine))
+    counted = weights > 0
+    if not counted.any():
+        raise UserError(f"none of the {images} evaluation pictures could be read; check --data.")
+    seen = index[counted]
+    assert len(seen.unique()) == len(seen) <= images, "an image was evaluated twice"
+    order = torch.argsort(seen)
+    metrics = classification_metrics(ranked[counted][order], labels[counted][order], losses[counted][order], classes)
+    return {**metrics, "images": len(seen)}

@@ -1,0 +1,82 @@
+"""The batches of one stage: pictures through workers, or features computed once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from tuning.data.loader import EvalFeed, FeatureFeed, Feed, TrainFeed
+from tuning.data.sampling import EvalOrder, TrainOrder
+from tuning.data.sources import Data
+from tuning.data.transforms import Crop, Normalise
+from tuning.entering import Entered
+from tuning.features import CachedEval, compute_features
+from tuning.models import ModelInfo
+from tuning.plan import StagePlan
+
+CACHED_EVAL_BATCH = 4096  # rows of features, a few kB each
+
+
+@dataclass(frozen=True)
+class StageFeeds:
+    """What a stage trains and is judged on.
+
+    Attributes:
+        train: training batches of this process.
+        evaluation: evaluation batches of this process.
+        judged: what `evaluation` is for: the raw model, or its head when the features are cached.
+    """
+
+    train: Feed
+    evaluation: EvalFeed | CachedEval
+    judged: nn.Module
+
+    def unreadable(self) -> list[str]:
+        """Names and reasons of the pictures that no process could read so far. All processes take part."""
+        mine = [*self.train.unreadable, *self.evaluation.unreadable]
+        return sorted(set(gather_object(mine)))
+
+
+def stage_feeds(
+    accelerator: Accelerator,
+    entered: Entered,
+    planned: StagePlan,
+    data: Data,
+    info: ModelInfo,
+    *,
+    seed: int,
+    flip: Literal["none", "horizontal", "both"],
+    workers: int,
+) -> StageFeeds:
+    """Build the batches of a stage; with ``cache_features`` this runs the model once over all pictures."""
+    stage, rank, world_size = planned.stage, accelerator.process_index, accelerator.num_processes
+    crop, normalise = Crop(planned.image_size, info.interpolation, info.crop_pct), Normalise(info.mean, info.std)
+
+    def once(rows: object, images: int) -> EvalFeed:
+        order = EvalOrder(images, planned.batch.micro_batch, rank, world_size)
+        return EvalFeed(rows, order, crop, normalise, workers=workers, device=accelerator.device)
+
+    evaluation, order = once(data.eval, len(data.eval)), TrainOrder(len(data.train), seed, planned.batch, rank)
+    if stage.cache_features:
+        pictures = once(data.train, len(data.train))
+        train_features = compute_features(accelerator, entered.model, pictures)
+        eval_features = compute_features(accelerator, entered.model, evaluation)
+        entered.train_mode()
+        eval_order = EvalOrder(len(data.eval), CACHED_EVAL_BATCH, rank, world_size)
+        cached = CachedEval(*eval_features, eval_order, evaluation.unreadable)
+        return StageFeeds(FeatureFeed(*train_features, order, pictures.unreadable), cached, entered.trained)
+    train = TrainFeed(
+        data.train,
+        order,
+        crop,
+        normalise,
+        augment=stage.augment,
+        flip=flip,
+        workers=workers,
+        device=accelerator.device,
+    )
+    return StageFeeds(train, evaluation, entered.model)

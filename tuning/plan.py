@@ -1,0 +1,137 @@
+"""The whole run in numbers before anything is spent: stages in steps, learning rates of every group, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from tuning.depth import open_names
+from tuning.errors import UserError
+from tuning.groups import decay_for_ratio, param_groups
+from tuning.optimizers import check_optimizer
+from tuning.sizes import BatchPlan, plan_batch
+from tuning.stages import Stage
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """One parameter group in one stage.
+
+    Attributes:
+        name: such as ``layer07``; its curve is ``lr/layer07``.
+        depth: 0 = stem, largest = head.
+        parameters: number of elements.
+        open_parameters: of these, how many the stage trains.
+        peak_lr: learning rate at factor 1.
+        weight_decay: 0 for norms and biases.
+    """
+
+    name: str
+    depth: int
+    parameters: int
+    open_parameters: int
+    peak_lr: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage with everything that depends on the data, the model and the processes.
+
+    Attributes:
+        stage: the description.
+        batch: how an optimizer step is shared out.
+        image_size: side of the input in pixels.
+        steps_per_epoch: optimizer steps of one pass over the data; the last may be short.
+        layer_decay: LR factor from one layer to the next lower one.
+        groups: every parameter group, stem first.
+    """
+
+    stage: Stage
+    batch: BatchPlan
+    image_size: int
+    steps_per_epoch: int
+    layer_decay: float
+    groups: tuple[GroupPlan, ...]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return self.stage.steps(self.steps_per_epoch)
+
+    @property
+    def open_parameters(self) -> int:
+        """Elements that the stage trains."""
+        return sum(group.open_parameters for group in self.groups)
+
+    def lrs(self) -> Iterator[dict[str, float]]:
+        """Learning rate of every open group at every step of the stage."""
+        factor = self.stage.factor(self.steps_per_epoch)
+        peaks = {group.name: group.peak_lr for group in self.groups if group.open_parameters}
+        for step in range(self.steps):
+            yield {name: peak * factor(step) for name, peak in peaks.items()}
+
+
+def make_plan(
+    stages: Sequence[Stage],
+    model: nn.Module,
+    *,
+    train_images: int,
+    world_size: int,
+    micro_batch: int | str,
+    image_size: int,
+) -> tuple[StagePlan, ...]:
+    """Work out every stage; the model is only read.
+
+    Args:
+        image_size: side of the input, for stages that don't name their own.
+
+    Raises:
+        UserError: a batch that doesn't divide, an unknown optimizer, a depth or a decay the model can't have.
+    """
+    return tuple(
+        _plan_stage(stage, model, train_images, world_size, micro_batch, stage.image_size or image_size)
+        for stage in stages
+    )
+
+
+def _plan_stage(
+    stage: Stage, model: nn.Module, train_images: int, world_size: int, micro_batch: int | str, image_size: int
+) -> StagePlan:
+    check_optimizer(stage.optimizer)
+    batch = plan_batch(stage.batch_size, micro_batch, world_size, train_images)
+    decay = stage.layer_decay if stage.layer_decay is not None else decay_for_ratio(model, stage.lr_ratio or 1.0)
+    groups = _plan_groups(stage, model, decay)
+    _refuse_equal_rates(stage, groups)
+    return StagePlan(stage, batch, image_size, batch.steps_per_epoch(train_images), decay, groups)
+
+
+def _plan_groups(stage: Stage, model: nn.Module, decay: float) -> tuple[GroupPlan, ...]:
+    names = open_names(model, stage.open)
+    opened = {id(p) for name, p in model.named_parameters() if name in names}
+    groups = param_groups(model, stage.lr, decay, stage.weight_decay)
+    return tuple(
+        GroupPlan(
+            group["name"],
+            group["depth"],
+            sum(p.numel() for p in group["params"]),
+            sum(p.numel() for p in group["params"] if id(p) in opened),
+            group["peak_lr"],
+            group["weight_decay"],
+        )
+        for group in groups
+    )
+
+
+def _refuse_equal_rates(stage: Stage, groups: Sequence[GroupPlan]) -> None:
+    """Layer-wise decay that was asked for must show in the learning rates."""
+    depths = {group.depth for group in groups if group.open_parameters}
+    rates = {group.peak_lr for group in groups if group.open_parameters}
+    asked = stage.layer_decay if stage.layer_decay is not None else stage.lr_ratio
+    if asked not in (None, 1.0) and stage.open == "all" and len(rates) != max(2, len(depths)):
+        raise UserError(
+            f"stage {stage.name!r}: the {len(depths)} open depths of the model have {len(rates)} different learning "
+            f"rates, although a decay of {asked} was asked for. Use --lr-ratio 1 for equal rates."
+        )

@@ -1,0 +1,79 @@
+"""PNG pictures of a run: the planned learning rates, and the curves that came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+from tuning.plan import StagePlan
+
+LARGEST_NUMBER_OF_POINTS = 4000
+
+
+def draw_schedule(plan: Sequence[StagePlan], path: Path) -> None:
+    """The planned learning rate of every open group over the optimizer steps of the run."""
+    starts = [(sum(before.steps for before in plan[:n]), planned.stage.name) for n, planned in enumerate(plan)]
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for step, rates in enumerate(chain.from_iterable(planned.lrs() for planned in plan)):
+        for name, rate in rates.items():
+            steps, values = curves.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(rate)
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    colours = plt.get_cmap("viridis")
+    for number, name in enumerate(sorted(curves)):
+        steps, values = _thinned(*curves[name])
+        axes.plot(steps, values, ".", markersize=2, color=colours(number / max(1, len(curves) - 1)), label=name)
+    for start, name in starts:
+        axes.axvline(start, color="grey", linewidth=0.8)
+        axes.annotate(name, (start, 1), xycoords=("data", "axes fraction"), fontsize=8, va="bottom")
+    axes.set(xlabel="optimizer step", ylabel="learning rate")
+    if curves and all(v > 0 for _, values in curves.values() for v in values):
+        axes.set_yscale("log")
+    if len(curves) <= 12:
+        axes.legend(fontsize=7, markerscale=4)
+    _save(figure, path)
+
+
+def draw_curves(metrics: Path, path: Path) -> None:
+    """Training loss, evaluation metrics, gradient norm and learning rates from ``metrics.jsonl``."""
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    _panel(axes[0, 0], records, ["train/loss", "eval/loss"], "loss")
+    _panel(axes[0, 1], records, ["eval/top1", "eval/balanced_accuracy", "eval/top5"], "evaluation, fraction")
+    _panel(axes[1, 0], records, ["train/grad_norm"], "gradient norm before clipping")
+    lrs = sorted({key for record in records for key in record if key.startswith("lr/")})
+    _panel(axes[1, 1], records, [lrs[0], lrs[-1]] if len(lrs) > 1 else lrs, "learning rate, stem and head")
+    _save(figure, path)
+
+
+def _panel(axes: Any, records: list[dict[str, Any]], keys: Sequence[str], title: str) -> None:
+    for key in keys:
+        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+        if points:
+            steps, values = _thinned(*map(list, zip(*points, strict=True)))
+            axes.plot(
+                steps, values, marker="o" if key.startswith("eval/") else "", linewidth=1, markersize=3, label=key
+            )
+    axes.set(title=title, xlabel="optimizer step")
+    if axes.lines:
+        axes.legend(fontsize=8)
+
+
+def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
+    stride = -(-len(steps) // LARGEST_NUMBER_OF_POINTS)
+    return steps[::stride], values[::stride]
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

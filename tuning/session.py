@@ -1,0 +1,97 @@
+"""One process's view of the run: the accelerator, its precision, threads and who speaks."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+
+from tuning.errors import UserError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def start(precision: Precision | None, threads: int | Literal["auto"]) -> Accelerator:
+    """The accelerator that every recipe works with, on one process or many.
+
+    Gradient accumulation is the engine's own (`tuning.engine`), so the accelerator's stays at 1.
+
+    Args:
+        precision: overrides the launcher's ``--mixed_precision``.
+        threads: CPU threads per process, when training on a CPU.
+
+    Raises:
+        UserError: a precision that this hardware would silently run as another.
+    """
+    accelerator = Accelerator(
+        mixed_precision=_ACCELERATE_NAMES[_checked_precision(precision)],
+        kwargs_handlers=[
+            # find_unused_parameters would hide a parameter that never gets a gradient.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+    )
+    if accelerator.device.type == "cpu":
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        # `accelerate launch` sets one thread where nobody asked for it.
+        torch.set_num_threads(max(1, cpu_cores() // local_processes) if threads == "auto" else threads)
+    return accelerator
+
+
+def _checked_precision(precision: Precision | None) -> Precision:
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    wanted = precision or {"no": "fp32"}.get(launched, launched)
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if wanted not in _ACCELERATE_NAMES:
+        raise UserError(f"precision {wanted!r} is not supported; choose fp32, bf16 or fp16.")
+    if wanted == "fp16" and on_cpu and not torch.backends.mps.is_available():
+        raise UserError(
+            "precision fp16 needs a GPU: on a CPU the run would silently train in fp32. Use --precision bf16 or fp32."
+        )
+    if wanted == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"precision bf16 is not supported by {torch.cuda.get_device_name()}; use --precision fp16 or fp32."
+        )
+    return wanted  # type: ignore[return-value]
+
+
+def cpu_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def loader_workers(workers: int | Literal["auto"]) -> int:
+    """Loader processes of this training process: as asked, or the cores beside the one that trains, 1 to 8."""
+    if workers != "auto":
+        return workers
+    return min(8, max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed activations instead of handing them back to the kernel after every step.
+
+    Elsewhere than on glibc (macOS, Windows, musl) this does nothing.
+    """
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+    libc.mallopt(m_top_pad, 256 * 2**20)
+
+
+def same_everywhere(value: float) -> float:
+    """Rank 0's value, on every process."""
+    return float(broadcast_object_list([value])[0])
+
+
+def precision_name(accelerator: Accelerator) -> Precision:
+    """The precision of forward passes in the words of the flags."""
+    names = {name: ours for ours, name in _ACCELERATE_NAMES.items()}
+    return names[accelerator.mixed_precision]  # type: ignore[return-value]

@@ -1,0 +1,191 @@
+"""Curves: every step and every evaluation to ``metrics.jsonl`` and to the tracker, under the same names."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, WandBTracker
+from accelerate.utils import broadcast_object_list
+
+from tuning.engine import Step
+from tuning.errors import UserError
+from tuning.progress import Progress
+from tuning.run_folder import RunFolder
+
+TrackerName = Literal["wandb", "tensorboard", "none"]
+
+
+class Curves:
+    """Writes the curves of one run. All processes call it, at the same steps; rank 0 writes.
+
+    Losses and gradient norms stay on the device until `flush`, which averages them over processes and waits for the
+    device once.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: RunFolder, tracker: GeneralTracker | None, every: int) -> None:
+        self._accelerator, self._tracker, self._every = accelerator, tracker, every
+        self._steps: list[tuple[Step, int]] = []
+        self._window_start = time.perf_counter()
+        self._trained = (0, 0.0)  # images, seconds
+        self._file = folder.metrics.open("a", encoding="utf-8") if accelerator.is_main_process else None
+        self.latest: dict[str, float] = {}
+
+    def add(self, step: Step, progress: Progress) -> None:
+        """Keep one step's values; `flush` every `every` steps and at the end of a stage."""
+        self._steps.append((step, progress.stage))
+        if len(self._steps) >= self._every or step.ends_stage:
+            self.flush(progress)
+
+    def flush(self, progress: Progress) -> None:
+        """Write the kept steps.
+
+        Raises:
+            UserError: the loss is no longer a number.
+        """
+        if not self._steps:
+            return
+        mine = torch.stack([torch.stack((s.loss, s.grad_norm.float())) for s, _ in self._steps])
+        mine[:, 1] /= self._accelerator.num_processes  # equal on every process; the loss is a sum of parts
+        rows = self._accelerator.reduce(mine, reduction="sum").tolist()
+        speed = self._speed(sum(step.images for step, _ in self._steps))
+        for (step, stage), (loss, norm) in zip(self._steps, rows, strict=True):
+            values = {"train/loss": loss, "train/grad_norm": norm, **{f"lr/{n}": lr for n, lr in step.lrs.items()}}
+            if step is self._steps[-1][0]:
+                values |= {"perf/images_per_second": speed, "perf/memory_gb": memory_gb()}
+            self.write(values, step.step, step.epoch, stage)
+            progress.skipped += self._accelerator.scaler is not None and not math.isfinite(norm)
+        self._refuse_diverged(rows)
+        top = self._steps[-1][0]
+        self.latest = {"loss": rows[-1][0], "lr": max(top.lrs.values(), default=0.0), "images_per_second": speed}
+        self._steps.clear()
+
+    def begin_stage(self, name: str, progress: Progress) -> None:
+        """Mark the start of a stage in the curves."""
+        self.write({"stage/name": name}, progress.step, progress.epoch, progress.stage)
+        self._resume_clock()
+
+    def write_evaluation(self, metrics: Mapping[str, float], step: Step, progress: Progress) -> None:
+        """The metrics of one evaluation as ``eval/...``; the time it took is no training time."""
+        self.write({f"eval/{name}": value for name, value in metrics.items()}, step.step, step.epoch, progress.stage)
+        self._resume_clock()
+
+    def _resume_clock(self) -> None:
+        self._window_start = time.perf_counter()
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Training speed over the run so far, all processes together; None before the first step."""
+        images, seconds = self._trained
+        return images / seconds if seconds else None
+
+    def write(self, values: Mapping[str, float | str | None], step: int, epoch: float, stage: int) -> None:
+        """One line of ``metrics.jsonl`` and one record of the tracker."""
+        if self._file is None:
+            return
+        record = {"step": step, "epoch": round(epoch, 6), "stage": stage, **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._tracker is not None:
+            self._tracker.log(record, step=step if self._tracker.name == "tensorboard" else None)
+
+    def finish(self, summary: Mapping[str, Any], plots: Path) -> None:
+        """Hand the summary and the pictures in the folder *plots* to W&B; rank 0 only."""
+        if isinstance(self._tracker, WandBTracker):
+            import wandb
+
+            pictures = {f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted(plots.glob("*.png"))}
+            self._tracker.run.log(pictures)
+            self._tracker.run.summary.update(_flat(summary))
+
+    def _speed(self, images: int) -> float:
+        now = time.perf_counter()
+        seconds, self._window_start = now - self._window_start, now
+        self._trained = (self._trained[0] + images, self._trained[1] + seconds)
+        return images / seconds
+
+    def _refuse_diverged(self, rows: list[list[float]]) -> None:
+        for (step, _), (loss, _) in zip(self._steps, rows, strict=True):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss became {loss} at step {step.step} (head LR {max(step.lrs.values()):.3g}). "
+                    "Lower --lr, add --warmup-epochs, or lower --clip-norm."
+                )
+
+
+def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for key, value in summary.items():
+        flat |= {f"{key}/{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    return flat
+
+
+def memory_gb() -> float:
+    """Memory of this process in GB: peak on the GPU when there is one, else resident now."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return psutil.Process().memory_info().rss / 1e9
+
+
+def open_tracker(
+    accelerator: Accelerator,
+    name: TrackerName,
+    folder: RunFolder,
+    project: str,
+    run_name: str | None,
+    config: Mapping[str, Any],
+    run_id: str | None,
+) -> GeneralTracker | None:
+    """Accelerate's tracker for this run, started on rank 0. W&B without a login runs offline, without a question.
+
+    Args:
+        config: flat flags, shown beside the curves.
+        run_id: W&B id of the run to go on with; None for a new one.
+
+    Raises:
+        UserError: the tracker's package is not installed.
+    """
+    if name == "none":
+        return None
+    if importlib.util.find_spec(name) is None:
+        raise UserError(
+            f"--tracker {name}: the package {name} is not installed. pip install {name}, or --tracker none."
+        )
+    settings = {"wandb": _wandb_settings(folder, run_name, run_id)} if name == "wandb" else {}
+    accelerator.project_configuration.set_directories(str(folder.path))
+    accelerator.log_with = [name]
+    shown = {key: "None" if value is None else value for key, value in config.items()}
+    accelerator.init_trackers(project, config=shown, init_kwargs=settings)
+    tracker = accelerator.get_tracker(name)
+    if name == "wandb" and accelerator.is_main_process:
+        tracker.run.define_metric("*", step_metric="step")
+    return tracker  # type: ignore[no-any-return]
+
+
+def tracker_id(accelerator: Accelerator, tracker: GeneralTracker | None) -> str | None:
+    """W&B's id of the run, on every process; None without W&B."""
+    own = tracker.run.id if isinstance(tracker, WandBTracker) and accelerator.is_main_process else None
+    return broadcast_object_list([own])[0]  # type: ignore[no-any-return]
+
+
+def _wandb_settings(folder: RunFolder, run_name: str | None, run_id: str | None) -> dict[str, Any]:
+    import wandb
+
+    os.environ.setdefault("WANDB_SILENT", "true")
+    without_login = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
+    return {
+        "dir": str(folder.path),
+        "name": run_name or folder.path.resolve().name,
+        "id": run_id,
+        "resume": "allow" if run_id else None,
+        "mode": "offline" if without_login else None,
+    }
