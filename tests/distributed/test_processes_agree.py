@@ -1,0 +1,81 @@
+"""One process or several: the same learning rates, the same parameters up to rounding, no drift between ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from stage_runs import largest_difference, run_stages
+
+# A ViT without BatchNorm: statistics of small batches would rightly differ.
+MODEL = ("--model", "test_vit", "--weights", "none", "--image-size", "32")
+STAGES = ("--freeze-epochs", "1", "--epochs", "2", "--unfreeze", "gradual", "--batch-size", "8", "--lr-ratio", "0.2")
+
+
+@pytest.mark.parametrize("optimizer", [("--optimizer", "adamw"), ("--optimizer", "sgd", "--lr", "0.05")])
+def test_two_processes_equal_one(photos: Path, optimizer: tuple[str, ...]) -> None:
+    argv = ("--data", str(photos), *MODEL, *STAGES, *optimizer, "--label-smoothing", "0.1", "--augment", "medium")
+    (alone,) = run_ranks(1, run_stages, *argv)
+    first, second = run_ranks(2, run_stages, *argv)
+    assert len(alone.states) == 4
+    for after_one, on_first, on_second in zip(alone.states, first.states, second.states, strict=True):
+        assert largest_difference(on_first, on_second) == 0
+        assert largest_difference(on_first, after_one) < 1e-5
+    assert first.metrics == second.metrics
+    summed = [a + b for a, b in zip(first.losses, second.losses, strict=True)]
+    assert summed == pytest.approx(alone.losses, abs=1e-5)
+
+
+def test_accumulation_and_processes_give_the_same_run(photos: Path) -> None:
+    argv = ("--data", str(photos), *MODEL, *STAGES, "--warmup-epochs", "0.5", "--schedule", "sgdr")
+    argv += ("--cycle-epochs", "0.4", "--lr-floor", "0.01", "--cycle-decay", "0.8")
+    runs = {
+        "1 x 4": run_ranks(1, run_stages, *argv, "--micro-batch", "2")[0],
+        "2 x 2": run_ranks(2, run_stages, *argv, "--micro-batch", "2")[0],
+        "4 x 1": run_ranks(4, run_stages, *argv, "--micro-batch", "2")[0],
+        "1 x 1": run_ranks(1, run_stages, *argv, "--micro-batch", "8")[0],
+    }
+    reference = runs.pop("1 x 1")
+    assert len({tuple(step.items()) for step in reference.lrs}) > 10
+    for run in runs.values():
+        assert run.lrs == reference.lrs
+        assert largest_difference(run.states[-1], reference.states[-1]) < 1e-5
+
+
+def test_bf16_stays_in_sync(photos: Path) -> None:
+    argv = ("--data", str(photos), *MODEL, *STAGES, "--precision", "bf16", "--drop-rate", "0.2")
+    first, second = run_ranks(2, run_stages, *argv)
+    for on_first, on_second in zip(first.states, second.states, strict=True):
+        assert largest_difference(on_first, on_second) == 0
+    (full,) = run_ranks(1, run_stages, *argv[:-4])
+    assert largest_difference(full.states[-1], first.states[-1]) > 1e-6, "bf16 left no trace: did it run in fp32?"
+
+
+def test_batch_statistics_agree_after_every_stage(photos: Path) -> None:
+    model = ("--model", "test_efficientnet", "--weights", "none", "--image-size", "32", "--batch-norm", "train")
+    first, second = run_ranks(2, run_stages, "--data", str(photos), *model, *STAGES)
+    for on_first, on_second in zip(first.states, second.states, strict=True):
+        assert largest_difference(on_first, on_second) == 0
+    assert first.metrics == second.metrics
+
+
+def test_cached_features_agree(photos: Path) -> None:
+    argv = (
+        "--data",
+        str(photos),
+        *MODEL,
+        "--freeze-epochs",
+        "5",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "8",
+        "--cache-features",
+    )
+    (alone,) = run_ranks(1, run_stages, *argv)
+    first, second = run_ranks(2, run_stages, *argv)
+    assert largest_difference(first.states[-1], second.states[-1]) == 0
+    assert largest_difference(first.states[1], alone.states[1]) < 1e-5
+    assert first.metrics == second.metrics
+    assert first.metrics[0]["top1"] == alone.metrics[0]["top1"]
