@@ -22,12 +22,14 @@ def finetune(command: Command) -> None:
     from tuning.clipping import clipping
     from tuning.console import Speaker
     from tuning.data.sources import open_data
+    from tuning.data.tables import label_array
     from tuning.engine import train_steps
     from tuning.entering import enter_stage
     from tuning.evaluation import evaluate
-    from tuning.feeds import stage_feeds
-    from tuning.losses import cross_entropy
-    from tuning.models import build, save_timm_folder
+    from tuning.feeds import StageFeeds, plain_feed, stage_feeds
+    from tuning.head_fit import fit_head
+    from tuning.losses import balanced_weights, cross_entropy
+    from tuning.models import build, check_image_size, save_timm_folder
     from tuning.plan import make_plan
     from tuning.progress import Progress
     from tuning.summary import better, failure_noted, make_summary
@@ -47,11 +49,12 @@ def finetune(command: Command) -> None:
         flags.model.model,
         classes=data.classes,
         weights=flags.model.weights,
-        head_init=flags.model.head_init,
+        head_init="default" if flags.model.head_init == "fitted" else flags.model.head_init,
         init=flags.model.init,
         drop_rate=flags.model.drop_rate,
         drop_path_rate=flags.model.drop_path_rate,
         image_size=flags.model.image_size,
+        crop_pct=flags.model.crop_pct,
         seed=run.seed,
     )
     model.to(accelerator.device)
@@ -65,8 +68,11 @@ def finetune(command: Command) -> None:
         micro_batch=flags.batch.micro_batch,
         image_size=info.input_size,
     )
+    for planned in plan:
+        check_image_size(model, info.name, planned.image_size)
     folder = run_folder.choose(run.output, info.name, data.name, session.same_everywhere(started))
     run_folder.refuse_other_run(folder, run.resume, command.config)
+    found = checkpoint.find(folder.path, run.resume)
     speaker.show_plan(plan, data, info, accelerator, folder, best_by=run.best_by)
     if accelerator.is_main_process:
         plots.draw_schedule(plan, folder.plots / "schedule.png")
@@ -75,7 +81,6 @@ def finetune(command: Command) -> None:
         return
 
     # 4. Where we are: at the start, or where an earlier run stopped.
-    found = checkpoint.find(folder.path, run.resume)
     progress = found.progress if found else Progress()
     if accelerator.is_main_process:
         folder.create(command.config)
@@ -91,10 +96,25 @@ def finetune(command: Command) -> None:
     curves = Curves(accelerator, folder, tracker, run.log_every)
 
     # 6. Training: one `for` over stages, one over optimizer steps.
-    loss = cross_entropy(flags.regularisation.label_smoothing)
+    classes, regularisation = len(data.classes), flags.regularisation
+    balanced = regularisation.class_weights == "balanced"
+    class_weights = balanced_weights(label_array(data.train), classes) if balanced else None
+    loss = cross_entropy(regularisation.label_smoothing, class_weights)
     clip = clipping(flags.optimisation.clip_norm, flags.optimisation.clip_value, flags.optimisation.clip_agc)
     workers = session.loader_workers(flags.batch.workers)
     last_step = min(sum(planned.steps for planned in plan), run.max_steps or 2**63)
+
+    def judge(feeds: StageFeeds, stage: str, epoch: float) -> None:
+        """Evaluate, and keep the weights if they are the best so far."""
+        curves.flush(progress)
+        metrics = evaluate(accelerator, feeds.judged, feeds.evaluation, len(data.eval), classes)
+        curves.write_evaluation(metrics, epoch, progress)
+        speaker.say_evaluation(stage, epoch, metrics, curves.latest)
+        if better(metrics[run.best_by], progress.best, run.best_by):
+            progress.best, progress.best_epoch = metrics[run.best_by], progress.epoch
+            if accelerator.is_main_process:
+                save_timm_folder(model, info, data.classes, folder.model)
+
     entered = None
     with speaker, failure_noted(folder, accelerator.is_main_process):
         while progress.step < last_step:
@@ -104,32 +124,22 @@ def finetune(command: Command) -> None:
                 checkpoint.load(accelerator, found, entered)
                 found = None
             feeds = stage_feeds(
-                accelerator,
-                entered,
-                planned,
-                data,
-                info,
-                seed=run.seed,
-                flip=flags.regularisation.flip,
-                workers=workers,
+                accelerator, entered, planned, data, info, seed=run.seed, flip=regularisation.flip, workers=workers
             )
+            if progress.step == 0 and flags.model.head_init == "fitted":
+                pictures = plain_feed(accelerator, data.train, planned, info, workers)
+                fit_head(accelerator, model, pictures, class_weights, classes, run.seed)
+                judge(feeds, "fitted head", epoch=0)
             curves.begin_stage(planned.stage.name, progress)
 
             for step in train_steps(accelerator, entered, feeds.train, loss, clip, progress, run.seed):
                 ends_run = step.step == last_step
                 curves.add(step, progress)
                 speaker.show_progress(planned.stage.name, step.step, last_step, curves.latest)
-                if step.ends_stage or ends_run or (step.ends_epoch and not planned.stage.cache_features):
-                    curves.flush(progress)
-                    metrics = evaluate(accelerator, feeds.judged, feeds.evaluation, len(data.eval), len(data.classes))
-                    curves.write_evaluation(metrics, step, progress)
-                    speaker.say_evaluation(planned.stage.name, step, metrics, curves.latest)
-                    if better(metrics[run.best_by], progress.best, run.best_by):
-                        progress.best, progress.best_epoch = metrics[run.best_by], progress.epoch
-                        if accelerator.is_main_process:
-                            save_timm_folder(model, info, data.classes, folder.model)
-                    checkpoint.save(accelerator, folder.path, entered, progress, run.keep)
-                elif run.save_every and step.step % run.save_every == 0:
+                judged = step.ends_stage or ends_run or (step.ends_epoch and not planned.stage.cache_features)
+                if judged:
+                    judge(feeds, planned.stage.name, step.epoch)
+                if judged or (run.save_every and step.step % run.save_every == 0):
                     curves.flush(progress)
                     checkpoint.save(accelerator, folder.path, entered, progress, run.keep)
                 if ends_run:

@@ -34,7 +34,8 @@ def refuse_drift(accelerator: Accelerator, model: nn.Module) -> None:
     state = model.state_dict()
     mine = torch.stack([tensor.detach().double().sum() for tensor in state.values()])
     every = accelerator.gather(mine).view(accelerator.num_processes, -1)
-    apart = torch.nonzero((every != every[0]).any(dim=0)).flatten().tolist()
+    differ = (every != every[0]) & ~(every.isnan() & every[0].isnan())
+    apart = torch.nonzero(differ.any(dim=0)).flatten().tolist()
     if apart:
         name = list(state)[apart[0]]
         raise DriftError(f"{len(apart)} of {len(state)} tensors differ between processes, the first is {name}.")

@@ -25,7 +25,7 @@ def clipping(norm: float, value: float | None, agc: float | None) -> Clip:
     if value is not None:
         return lambda model: _measured(model, lambda m: nn.utils.clip_grad_value_(_open(m), value))
     if agc is not None:
-        return lambda model: _measured(model, lambda m: adaptive_clip_grad(_below_head(m), clip_factor=agc))
+        return lambda model: _measured(model, lambda m: _clip_adaptively(m, agc))
     if norm > 0:
         return lambda model: nn.utils.clip_grad_norm_(_open(model), norm)
     return lambda model: _measured(model, lambda m: None)
@@ -36,6 +36,10 @@ def _measured(model: nn.Module, clip: Callable[[nn.Module], object]) -> Tensor:
     norm = torch.nn.utils.get_total_norm(gradients)
     clip(model)
     return norm
+
+
+def _clip_adaptively(model: nn.Module, ratio: float) -> None:
+    adaptive_clip_grad(_below_head(model), clip_factor=ratio)  # type: ignore[no-untyped-call]
 
 
 def _open(model: nn.Module) -> list[nn.Parameter]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tuning.errors import UserError, did_you_mean
 
 
-@cache
 def field_types(cls: type) -> dict[str, Any]:
     """``{field name: resolved type}`` of a dataclass."""
     hints = get_type_hints(cls)
@@ -26,7 +24,7 @@ def coerce(value: Any, wanted: Any, where: str) -> Any:
     for member in _members(wanted):
         try:
             return _as_member(value, member)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue
     literal = [v for m in _members(wanted) if get_origin(m) is Literal for v in get_args(m)]
     hint = did_you_mean(str(value), map(str, literal)) if literal else ""
@@ -42,14 +40,14 @@ def _as_member(value: Any, member: Any) -> Any:
         return _require(value is None or value in ("None", "none", "null"), None)
     if get_origin(member) is Literal:
         return _require(value in get_args(member), value)
-    if value is None or isinstance(value, list | dict):
+    if value is None or isinstance(value, list | dict | set | bytes):
         raise TypeError
     if member is bool:
         return _require(isinstance(value, bool), value)
     if isinstance(value, bool):
         raise TypeError
     if member is int:
-        return _require(float(value).is_integer(), int(float(value)))
+        return value if isinstance(value, int) else _require(float(value).is_integer(), int(float(value)))
     if member is float:
         return float(value)
     return str(value)

@@ -21,7 +21,20 @@ from tuning.stages import Stage, check_stage, read_stages, standard_stages
 
 # Where a run goes and whether it runs is not part of what it is: config.yaml leaves these out.
 NOT_IN_CONFIG = ("output", "run_name", "resume", "dry_run", "preset", "config", "print_config")
+COMMAND_LINE_ONLY = ("preset", "config", "print_config")
 DEMO_PRESET = "demo"
+
+
+ONLY_WITHOUT_STAGES = ("freeze_epochs", "freeze_lr", "cache_features", "epochs", "unfreeze")
+NEEDS = {  # flag: what another flag must be for it to have an effect
+    "cycle_epochs": ("schedule", ("sgdr", "triangular")),
+    "cycle_mult": ("schedule", ("sgdr",)),
+    "cycle_decay": ("schedule", ("sgdr",)),
+    "step_epochs": ("schedule", ("step",)),
+    "step_gamma": ("schedule", ("step",)),
+    "lr_floor": ("schedule", ("cosine", "sgdr", "triangular")),
+    "lr_batch": ("lr_scaling", ("linear", "sqrt")),
+}
 
 
 @dataclass(frozen=True)
@@ -90,9 +103,11 @@ def parse_command(argv: Sequence[str], name: str, description: str, presets: Pat
         SystemExit: 2 on a malformed command line, 0 on ``--help``; the message has been printed.
     """
     values, listed, where = _read_file(argv, presets)
-    flags = _parse(argv, name, description, _with_values(Flags(), values, where))
+    default = _with_values(Flags(), values, where)
+    flags = _parse(argv, name, description, default)
     check_flags(flags)
     stages = resolve_stages(flags, listed, where)
+    _refuse_without_effect(flags, default, listed, where)
     return Command(flags, stages, dump(flags, listed))
 
 
@@ -146,8 +161,8 @@ def _load_yaml(path: Path, flag: str) -> tuple[dict[str, Any], list[Any] | None,
         raise UserError(f"{flag} {path}: there is no such file.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {path} is not YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:  # damaged values make PyYAML raise nearly every type
+        raise UserError(f"{flag} {path} can't be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{flag} {path} must hold 'flag: value' lines; it holds {type(content).__name__}.")
     values = {str(key).replace("-", "_"): value for key, value in content.items()}
@@ -157,13 +172,14 @@ def _load_yaml(path: Path, flag: str) -> tuple[dict[str, Any], list[Any] | None,
 def _with_values(flags: Flags, values: Mapping[str, Any], where: str) -> Flags:
     """*flags* with the flat *values* put into their groups."""
     groups = {group.name: getattr(flags, group.name) for group in dataclasses.fields(flags)}
-    known = {key: group for group, content in groups.items() for key in field_types(type(content))}
+    types = {name: field_types(type(content)) for name, content in groups.items()}
+    known = {key: group for group, keys in types.items() for key in keys if key not in COMMAND_LINE_ONLY}
     changes: dict[str, dict[str, Any]] = {group: {} for group in groups}
     for key, value in values.items():
         if key not in known:
             raise UserError(f"{where} has the unknown key {key!r}.{did_you_mean(key, known)}")
         group = known[key]
-        changes[group][key] = coerce(value, field_types(type(groups[group]))[key], f"{where}, {key}")
+        changes[group][key] = coerce(value, types[group][key], f"{where}, {key}")
     return Flags(**{group: dataclasses.replace(content, **changes[group]) for group, content in groups.items()})
 
 
@@ -194,6 +210,11 @@ def resolve_stages(flags: Flags, listed: list[Any] | None = None, where: str = "
         stages = standard_stages(base, staging.freeze_epochs, staging.freeze_lr, staging.unfreeze)
     for stage in stages:
         check_stage(stage)
+        if stage.batch_norm == "frozen" and flags.model.weights == "none":
+            raise UserError(
+                f"stage {stage.name!r}: --batch-norm frozen with --weights none: there are no statistics to keep. "
+                "Use --batch-norm train."
+            )
     scaling, lr_batch = flags.optimisation.lr_scaling, flags.optimisation.lr_batch
     return tuple(
         dataclasses.replace(stage, lr=scaled_lr(stage.lr, scaling, stage.batch_size, lr_batch)) for stage in stages
@@ -234,14 +255,39 @@ def check_flags(flags: Flags) -> None:
     at_least(0, "workers", "freeze_epochs", "epochs", "seed", "save_every")
     at_least(1, "limit_train", "limit_eval", "batch_size", "micro_batch", "lr_batch", "keep", "log_every", "threads")
     at_least(1, "max_steps")
+    refuse(values["seed"] < 2**63, "seed", "give a whole number below 2^63")
     share("drop_rate", "drop_path_rate", "label_smoothing")
+    crop = values["crop_pct"]
+    refuse(crop is None or 0 < crop <= 1, "crop_pct", "give a share in (0, 1]")
     refuse(0 < values["val_fraction"] < 1, "val_fraction", "give a fraction between 0 and 1, for example 0.25")
     for key in ("lr", "freeze_lr"):
         refuse(math.isfinite(values[key]) and values[key] > 0, key, "give a learning rate above 0, for example 3e-4")
-    refuse(math.isfinite(values["clip_norm"]) and values["clip_norm"] >= 0, "clip_norm", "give a norm above 0, or 0 for off")
+    refuse(0 <= values["clip_norm"] < math.inf, "clip_norm", "give a norm above 0, or 0 for off")
     for key in ("clip_value", "clip_agc"):
         refuse(values[key] is None or (math.isfinite(values[key]) and values[key] > 0), key, "give a number above 0")
     _check_combinations(flags)
+
+
+def _refuse_without_effect(flags: Flags, default: Flags, listed: list[Any] | None, where: str) -> None:
+    """Refuse a flag that was typed for nothing, rather than ignore it."""
+    values, before = flat(flags), flat(default)
+    typed = [key for key in values if values[key] != before[key]]
+    if listed is not None:
+        own = {str(key).replace("-", "_") for stage in listed for key in stage} | set(ONLY_WITHOUT_STAGES)
+        for key in typed:
+            if key in own:
+                flag = key.replace("_", "-")
+                raise UserError(
+                    f"--{flag} {values[key]} has no effect: the stages listed in {where} decide that. Edit them."
+                )
+        return
+    for key, (switch, allowed) in NEEDS.items():
+        if key in typed and values[switch] not in allowed:
+            flag, other = key.replace("_", "-"), switch.replace("_", "-")
+            raise UserError(
+                f"--{flag} {values[key]} has no effect with --{other} {values[switch]}. Drop it, or choose "
+                f"--{other} {' or '.join(allowed)}."
+            )
 
 
 def _check_combinations(flags: Flags) -> None:
@@ -262,7 +308,5 @@ def _check_combinations(flags: Flags) -> None:
         )
     if model.init == "zero":
         raise UserError("--init zero: a network of zeros gets no gradient. Choose kaiming, xavier or orthogonal.")
-    if staging.batch_norm == "frozen" and model.weights == "none":
-        raise UserError("--batch-norm frozen with --weights none: there are no statistics to keep. Use --batch-norm train.")
     if staging.cache_features and not staging.freeze_epochs:
         raise UserError("--cache-features is for the head-only epochs, but --freeze-epochs is 0. Raise it.")

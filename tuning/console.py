@@ -19,7 +19,6 @@ from rich.table import Table
 from tuning.checkpoint import Checkpoint
 from tuning.data.sources import Data
 from tuning.data.tables import label_array
-from tuning.engine import Step
 from tuning.models import ModelInfo
 from tuning.plan import StagePlan
 from tuning.run_folder import RunFolder
@@ -113,13 +112,17 @@ class Speaker:
                 "batches in the same order, equal up to float rounding and dropout."
             )
 
-    def say_evaluation(self, stage: str, step: Step, metrics: Mapping[str, float], latest: Mapping[str, float]) -> None:
-        """One line an evaluation."""
+    def say_evaluation(
+        self, stage: str, epoch: float, metrics: Mapping[str, float], latest: Mapping[str, float]
+    ) -> None:
+        """One line an evaluation.
+
+        Args:
+            latest: ``loss`` and ``images_per_second`` of training; empty before the first step.
+        """
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "images")
-        self.say(
-            f"{stage:>10}  epoch {step.epoch:g}  step {step.step:,}  train loss {latest['loss']:.4f}  eval: {numbers}"
-            f"  ({latest['images_per_second']:.0f} images/s)"
-        )
+        trained = f"  train loss {latest['loss']:.4f}, {latest['images_per_second']:.0f} images/s" if latest else ""
+        self.say(f"{stage:>10}  epoch {epoch:<4g}  eval: {numbers}{trained}")
 
     def say_unreadable(self, names: Sequence[str]) -> None:
         """Pictures that could not be read, if any."""

@@ -36,7 +36,7 @@ def evaluate(
     with torch.inference_mode(), accelerator.autocast():
         for micro in feed:
             logits = model(micro.inputs).float()
-            index = micro.index.to(logits.device, non_blocking=True)
+            index = micro.rows.to(logits.device, non_blocking=True)
             parts.append((rank_classes(logits), micro.labels, loss(logits, micro.labels), micro.weights, index))
     mine = tuple(torch.cat(column) for column in zip(*parts, strict=True))
     ranked, labels, losses, weights, index = (column.cpu() for column in accelerator.gather(mine))

@@ -32,7 +32,7 @@ def compute_features(accelerator: Accelerator, model: nn.Module, feed: EvalFeed)
             pooled = _pooled(model, micro.inputs)
             if number == 0:
                 _check_head(model, micro.inputs, pooled)
-            index = micro.index.to(pooled.device, non_blocking=True)
+            index = micro.rows.to(pooled.device, non_blocking=True)
             parts.append((pooled.float(), micro.labels, micro.weights, index))
     mine = tuple(torch.cat(column) for column in zip(*parts, strict=True))
     features, labels, weights, index = accelerator.gather(mine)
@@ -52,8 +52,8 @@ def _check_head(model: nn.Module, inputs: Tensor, pooled: Tensor) -> None:
         same = False
     if not same:
         raise UserError(
-            f"cache_features: the head of {type(model).__name__} does more than classify pooled features, so they "
-            "can't be computed once. Leave --cache-features out."
+            f"the head of {type(model).__name__} does more than classify pooled features, so they can't be computed "
+            "once. Leave --cache-features and --head-init fitted out."
         )
 
 
@@ -77,7 +77,7 @@ class CachedEval:
 
     def __iter__(self) -> Iterator[Micro]:
         for items in self.order.micro_batches():
-            index = torch.tensor([item.index for item in items])
+            index = torch.tensor([item.row for item in items])
             weights = torch.tensor([item.weight for item in items], device=self.features.device)
             chosen = index.to(self.features.device)
             yield Micro(self.features[chosen], self.labels[chosen], weights, index)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from datasets import Dataset
 from torch import nn
 
 from tuning.data.loader import EvalFeed, FeatureFeed, Feed, TrainFeed
@@ -54,15 +55,10 @@ def stage_feeds(
 ) -> StageFeeds:
     """Build the batches of a stage; with ``cache_features`` this runs the model once over all pictures."""
     stage, rank, world_size = planned.stage, accelerator.process_index, accelerator.num_processes
-    crop, normalise = Crop(planned.image_size, info.interpolation, info.crop_pct), Normalise(info.mean, info.std)
-
-    def once(rows: object, images: int) -> EvalFeed:
-        order = EvalOrder(images, planned.batch.micro_batch, rank, world_size)
-        return EvalFeed(rows, order, crop, normalise, workers=workers, device=accelerator.device)
-
-    evaluation, order = once(data.eval, len(data.eval)), TrainOrder(len(data.train), seed, planned.batch, rank)
+    evaluation = plain_feed(accelerator, data.eval, planned, info, workers)
+    order = TrainOrder(len(data.train), seed, planned.batch, rank)
     if stage.cache_features:
-        pictures = once(data.train, len(data.train))
+        pictures = plain_feed(accelerator, data.train, planned, info, workers)
         train_features = compute_features(accelerator, entered.model, pictures)
         eval_features = compute_features(accelerator, entered.model, evaluation)
         entered.train_mode()
@@ -72,11 +68,18 @@ def stage_feeds(
     train = TrainFeed(
         data.train,
         order,
-        crop,
-        normalise,
+        Crop(planned.image_size, info.interpolation, info.crop_pct),
+        Normalise(info.mean, info.std),
         augment=stage.augment,
         flip=flip,
         workers=workers,
         device=accelerator.device,
     )
     return StageFeeds(train, evaluation, entered.model)
+
+
+def plain_feed(accelerator: Accelerator, rows: Dataset, planned: StagePlan, info: ModelInfo, workers: int) -> EvalFeed:
+    """This process's part of *rows*, every picture once, with the evaluation crop at the stage's size."""
+    order = EvalOrder(len(rows), planned.batch.micro_batch, accelerator.process_index, accelerator.num_processes)
+    crop, normalise = Crop(planned.image_size, info.interpolation, info.crop_pct), Normalise(info.mean, info.std)
+    return EvalFeed(rows, order, crop, normalise, workers=workers, device=accelerator.device)

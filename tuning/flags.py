@@ -40,16 +40,20 @@ class ModelFlags:
     """Any timm model name, or local-dir:PATH for a folder in timm's format."""
     weights: str = "pretrained"
     """pretrained, none, or the path of a weight file (.safetensors, .pth)."""
-    head_init: InitName = "default"
-    """How the weights of the new head start. default = timm's own."""
+    head_init: Literal["default", "kaiming", "xavier", "orthogonal", "zero", "fitted"] = "default"
+    """How the weights of the new head start. default = timm's own; fitted = logistic regression on features computed
+    once, its L2 penalty chosen by cross-validation."""
     init: InitName = "default"
     """The same for the whole network; with --weights none only."""
     drop_rate: float | None = None
-    """Dropout before the head, probability in [0, 1). Default: none."""
+    """Dropout before the head, probability in [0, 1). Default: the model's own, mostly 0."""
     drop_path_rate: float | None = None
-    """Stochastic depth (Huang et al. 2016), probability in [0, 1) of dropping the deepest block. Default: none."""
+    """Stochastic depth (Huang et al. 2016), probability in [0, 1) of dropping the deepest block. Default: the
+    model's own."""
     image_size: int | None = None
     """Side of the square input in pixels. Default: the size the weights were trained at."""
+    crop_pct: float | None = None
+    """Share of the picture's shorter side that the evaluation crop keeps, in (0, 1]. Default: the model's own."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,8 @@ class StageFlags:
 class RegularisationFlags:
     label_smoothing: float = 0.0
     """Probability mass moved from the label to all classes (Szegedy et al. 2016), in [0, 1)."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced = weight each class in the loss by 1 / its share of the images, so that rare classes count as much."""
     augment: Literal["none", "light", "medium"] = "light"
     """none = the evaluation crop; light = random crops of 70-100 % of the area; medium = 35-100 %."""
     flip: Literal["none", "horizontal", "both"] = "horizontal"

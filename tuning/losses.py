@@ -4,23 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def cross_entropy(smoothing: float = 0.0) -> Loss:
-    """Cross-entropy with label smoothing (Szegedy et al. 2016).
+def balanced_weights(labels: np.ndarray, classes: int) -> Tensor:
+    """Weight of every class, ``N / (classes * its images)``: their mean over the images is 1 (King & Zeng 2001).
+
+    Args:
+        labels: ``(N,)`` integers.
+
+    Returns:
+        ``(classes,)`` float32.
+    """
+    counts = np.bincount(labels, minlength=classes).clip(min=1)
+    return torch.from_numpy(len(labels) / (classes * counts)).float()
+
+
+def cross_entropy(smoothing: float = 0.0, class_weights: Tensor | None = None) -> Loss:
+    """Cross-entropy with label smoothing (Szegedy et al. 2016) and class weights.
 
     Args:
         smoothing: probability mass spread evenly over all classes, in [0, 1).
+        class_weights: ``(K,)``, factor of each class's part of the loss; None = 1.
 
     Returns:
         ``(logits (B, K), labels (B,)) -> losses (B,)`` in float32.
     """
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+        weights = None if class_weights is None else class_weights.to(logits.device, non_blocking=True)
+        return F.cross_entropy(logits.float(), labels, weights, reduction="none", label_smoothing=smoothing)
 
     return loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ def build(
     drop_rate: float | None = None,
     drop_path_rate: float | None = None,
     image_size: int | None = None,
+    crop_pct: float | None = None,
     seed: int = 0,
 ) -> tuple[nn.Module, ModelInfo]:
     """A timm model with one output a class, on the CPU, the same on every process for the same arguments.
@@ -71,6 +72,7 @@ def build(
     else the hub), 'none', or a weight file. *init* applies to the whole network and needs weights 'none'; *head_init*
     to the classifier, whose pretrained values stay only under 'default' and with as many classes as before.
     *drop_rate*, *drop_path_rate*: in [0, 1), None = the model's own. *image_size*: pixels, None = the model's own.
+    *crop_pct*: share of the shorter side that evaluation keeps, None = the model's own.
 
     Raises UserError for an unknown name, weights that cannot be had or do not fit, and values the model does not take.
     """
@@ -94,7 +96,8 @@ def build(
         check_image_size(model, name, image_size, cfg)
     if "img_size" in wanted:
         model_args = model_args | {"img_size": image_size}
-    return model, _info(model, name, architecture, said, image_size, model_args)
+    info = _info(model, name, architecture, said, image_size, model_args)
+    return model, info if crop_pct is None else replace(info, crop_pct=crop_pct)
 
 
 def check_image_size(model: nn.Module, name: str, image_size: int, cfg: Mapping[str, Any] | None = None) -> None:

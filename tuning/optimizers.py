@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+from timm.optim._optim_factory import create_optimizer_v2, get_optimizer_class, list_optimizers
 
 from tuning.errors import UserError, did_you_mean
 
@@ -23,13 +23,11 @@ def create_optimizer(name: str, groups: list[dict[str, Any]], momentum: float) -
         UserError: an unknown name, or one that needs a package that is not installed.
     """
     check_optimizer(name)
-    fused = (
-        {"fused": True}
-        if "fused" in inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
-        else {}
-    )
-    # Two groups of a depth share their name: the optimizer keeps the keys but must not mutate the caller's lists.
-    copies = [dict(group) for group in groups]
+    if name.lower() == "sgd" and momentum == 0:
+        name = "momentum"  # timm's name for SGD without Nesterov, which torch refuses at momentum 0
+    accepted = inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
+    fused: dict[str, Any] = {"fused": True} if "fused" in accepted else {}
+    copies = [dict(group) for group in groups]  # the optimizer writes into what it is given
     return create_optimizer_v2(copies, opt=name, lr=copies[-1]["lr"], momentum=momentum, **fused)
 
 
@@ -39,7 +37,7 @@ def check_optimizer(name: str) -> None:
     Raises:
         UserError: names the nearest known optimizer, or the missing package.
     """
-    known = list_optimizers()
+    known = [str(optimizer) for optimizer in list_optimizers()]
     if name.lower() not in known:
         raise UserError(f"--optimizer {name!r} is not known to timm.{did_you_mean(name, known)}")
     try:

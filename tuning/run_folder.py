@@ -79,12 +79,26 @@ def refuse_other_run(folder: RunFolder, resume: str, config: str) -> None:
         _refuse_unwritable(path)
         return
     if resume == "never":
-        raise UserError(f"--output {path} holds another run. Go on with it by --resume auto, or choose another --output.")
-    old, new = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8")), yaml.safe_load(config)
+        raise UserError(
+            f"--output {path} holds another run. Go on with it by --resume auto, or choose another --output."
+        )
+    old, new = _read_config(path / CONFIG), yaml.safe_load(config)
     changed = [k for k in sorted({*old, *new}) if k not in MAY_CHANGE and old.get(k) != new.get(k)]
     if changed:
         told = "; ".join(f"--{k.replace('_', '-')} was {old.get(k)!r}, now {new.get(k)!r}" for k in changed)
-        raise UserError(f"--resume: the run in {path} was started otherwise: {told}. Give it its own values or a new --output.")
+        raise UserError(
+            f"--resume: the run in {path} was started otherwise: {told}. Give it its own values or a new --output."
+        )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"--resume: {path} is not the config.yaml of a run. Choose another --output.")
+    return content
 
 
 def _refuse_unwritable(path: Path) -> None:

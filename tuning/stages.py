@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +91,7 @@ class Stage:
         """A warning when the stage ends inside an SGDR cycle, at a learning rate that has not come down yet."""
         if self.schedule != "sgdr" or self.cycle_epochs is None:
             return None
-        first, steps = round(self.cycle_epochs * steps_per_epoch), self.steps(steps_per_epoch)
+        first, steps = max(1, round(self.cycle_epochs * steps_per_epoch)), self.steps(steps_per_epoch)
         steps -= round(self.warmup_epochs * steps_per_epoch)
         starts = [0, *schedules.restarts(first, self.cycle_mult, steps + 1)]
         if starts[-1] == steps:
@@ -121,8 +122,8 @@ def check_stage(stage: Stage) -> None:
     refuse(0 <= stage.momentum < 1, "momentum", "give a number in [0, 1)")
     refuse(0 <= stage.lr_floor < 1, "lr_floor", "give a fraction of the peak in [0, 1)")
     refuse(0 <= stage.warmup_epochs < stage.epochs, "warmup_epochs", "give less than the stage's epochs")
-    refuse(stage.cycle_epochs is None or stage.cycle_epochs > 0, "cycle_epochs", "give more than 0 epochs")
-    refuse(stage.step_epochs is None or stage.step_epochs > 0, "step_epochs", "give more than 0 epochs")
+    refuse(stage.cycle_epochs is None or 0 < stage.cycle_epochs < math.inf, "cycle_epochs", "give more than 0 epochs")
+    refuse(stage.step_epochs is None or 0 < stage.step_epochs < math.inf, "step_epochs", "give more than 0 epochs")
     refuse(stage.cycle_mult >= 1, "cycle_mult", "give 1 or more")
     refuse(0 < stage.cycle_decay <= 1, "cycle_decay", "give a factor in (0, 1]")
     refuse(0 < stage.step_gamma <= 1, "step_gamma", "give a factor in (0, 1]")
@@ -142,7 +143,10 @@ def _finite_from_zero(value: float) -> bool:
 
 def _check_open(stage: Stage) -> None:
     depth = stage.open
-    ok = depth in ("head", "all") if isinstance(depth, str) else depth >= 1 if isinstance(depth, int) else 0 < depth <= 1
+    if isinstance(depth, str):
+        ok = depth in ("head", "all")
+    else:
+        ok = depth >= 1 if isinstance(depth, int) else 0 < depth <= 1
     if not ok:
         raise UserError(
             f"stage {stage.name!r}: open is {depth!r}; give head, all, a number of layers from 1, or a fraction "
@@ -168,11 +172,13 @@ def read_stages(listed: Sequence[Mapping[str, Any]], base: Stage, where: str) ->
 
 def _read_stage(entry: Mapping[str, Any], base: Stage, where: str) -> Stage:
     types = field_types(Stage)
-    given = {}
+    given: dict[str, Any] = {}
     for key, value in entry.items():
         key = str(key).replace("-", "_")
         if key not in types:
-            raise UserError(f"{where} has the unknown key {key!r}.{did_you_mean(key, types)} Known: {', '.join(types)}.")
+            raise UserError(
+                f"{where} has the unknown key {key!r}.{did_you_mean(key, types)} Known: {', '.join(types)}."
+            )
         given[key] = _read_depth(value) if key == "open" else coerce(value, types[key], f"{where}, {key}")
     if "open" not in given:
         raise UserError(f"{where} doesn't say what is open; add open: head, all, or a number of layers.")
@@ -185,9 +191,15 @@ def _read_stage(entry: Mapping[str, Any], base: Stage, where: str) -> Stage:
 
 
 def _read_depth(value: Any) -> str | int | float:
-    if isinstance(value, str) and value.endswith("%"):
-        return float(value[:-1]) / 100
-    return value if isinstance(value, str | int | float) and not isinstance(value, bool) else str(value)
+    """``40%`` and quoted numbers as numbers; what is no depth stays as it was typed, for `check_stage` to refuse."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    text = str(value)
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError):
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    return text
 
 
 def _default_name(depth: str | int | float) -> str:

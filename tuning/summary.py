@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +18,10 @@ HIGHER_IS_BETTER = {"top1": True, "balanced_accuracy": True, "loss": False}
 
 
 def better(value: float, best: float | None, metric: str) -> bool:
-    """Whether *value* of *metric* beats *best* (anything beats None)."""
-    return best is None or (value > best if HIGHER_IS_BETTER[metric] else value < best)
+    """Whether *value* of *metric* beats *best* (anything beats None, and a number beats NaN)."""
+    if best is None or math.isnan(best):
+        return best is None or not math.isnan(value)
+    return value > best if HIGHER_IS_BETTER[metric] else value < best
 
 
 def evaluations(metrics: Path) -> list[dict[str, Any]]:
@@ -40,15 +43,20 @@ def make_summary(folder: RunFolder, best_by: str, facts: Mapping[str, Any]) -> d
         facts: what only the recipe knows: seconds, world size, numbers of images ...
     """
     judged = evaluations(folder.metrics)
-    sign = 1 if HIGHER_IS_BETTER[best_by] else -1
-    best = max(judged, key=lambda one: sign * one[best_by]) if judged else None
+    best: dict[str, Any] | None = None
+    for one in judged:
+        if better(one[best_by], best[best_by] if best else None, best_by):
+            best = one
     return {
         "status": "done",
         "best": best,
         "best_by": best_by,
         "final": judged[-1] if judged else None,
         **facts,
-        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
         "git_commit": git_commit(),
     }
 

@@ -74,9 +74,9 @@ class Curves:
         self.write({"stage/name": name}, progress.step, progress.epoch, progress.stage)
         self._resume_clock()
 
-    def write_evaluation(self, metrics: Mapping[str, float], step: Step, progress: Progress) -> None:
+    def write_evaluation(self, metrics: Mapping[str, float], epoch: float, progress: Progress) -> None:
         """The metrics of one evaluation as ``eval/...``; the time it took is no training time."""
-        self.write({f"eval/{name}": value for name, value in metrics.items()}, step.step, step.epoch, progress.stage)
+        self.write({f"eval/{name}": value for name, value in metrics.items()}, progress.step, epoch, progress.stage)
         self._resume_clock()
 
     def _resume_clock(self) -> None:
@@ -123,7 +123,7 @@ class Curves:
 
 
 def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in summary.items():
         flat |= {f"{key}/{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
     return flat
@@ -131,9 +131,9 @@ def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def memory_gb() -> float:
     """Memory of this process in GB: peak on the GPU when there is one, else resident now."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return psutil.Process().memory_info().rss / 1e9
+    return float(psutil.Process().memory_info().rss) / 1e9
 
 
 def open_tracker(

@@ -28,8 +28,8 @@ class Inputs:
     def __iter__(self) -> Iterator[Micro]:
         logits, labels = answers(self.order.images)
         for items in self.order.micro_batches():
-            index = torch.tensor([item.index for item in items])
-            weights = torch.tensor([item.weight * (item.index not in self.unreadable) for item in items])
+            index = torch.tensor([item.row for item in items])
+            weights = torch.tensor([item.weight * (item.row not in self.unreadable) for item in items])
             yield Micro(logits[index], labels[index], weights, index)
 
 

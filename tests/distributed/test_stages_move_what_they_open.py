@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 from ranks import run_ranks
 from stage_runs import StageRun, run_stages
 
@@ -38,7 +40,9 @@ def test_frozen_statistics_stay_in_open_layers(photos: Path, tmp_path: Path) -> 
     preset.write_text(
         "stages:\n- {open: 2, epochs: 1, batch_norm: frozen}\n- {open: all, epochs: 1, batch_norm: frozen}\n"
     )
-    argv = ("--data", str(photos), "--model", "test_efficientnet", "--weights", "none", "--image-size", "32")
+    weights = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_efficientnet", num_classes=3).state_dict(), weights)
+    argv = ("--data", str(photos), "--model", "test_efficientnet", "--weights", str(weights), "--image-size", "32")
     (run,) = run_ranks(1, run_stages, *argv, "--batch-size", "8", "--preset", str(preset))
     statistics = [name for name in run.states[0] if "running_" in name]
     assert statistics

@@ -213,6 +213,21 @@ def test_weights_of_another_architecture_are_refused_with_the_count(tmp_path: Pa
         build("vit_tiny_patch16_224", classes=3, image_size=32, weights=str(tmp_path / "w.pth"))
 
 
+def test_a_conversion_that_leaves_random_values_standing_is_refused() -> None:
+    """Some timm models load with strict=False: what the file lacks would stay random without a word."""
+    state = trained("test_vit").state_dict()
+    del state["blocks.2.mlp.fc1.weight"]
+    model, _ = build("test_vit", classes=3, weights="none", seed=4)
+
+    def lenient(given: dict[str, Tensor]) -> nn.Module:
+        other, _ = build("test_vit", classes=3, weights="none", seed=4)
+        other.load_state_dict(given, strict=False)
+        return other
+
+    with pytest.raises(UserError, match=r"the file x do not fit .*blocks\.2\.mlp\.fc1\.weight"):
+        weights.fill(model, state, "the file x", lenient)
+
+
 class Poison:
     """Would create a file if a pickle were executed."""
 

@@ -25,13 +25,13 @@ class Micro(NamedTuple):
         inputs: normalised images ``(B, 3, S, S)`` or cached features ``(B, C)``, float32.
         labels: ``(B,)`` int64.
         weights: ``(B,)`` float32, 0 for filler.
-        index: dataset rows ``(B,)`` int64, on the CPU.
+        rows: of the dataset, ``(B,)`` int64, on the CPU.
     """
 
     inputs: Tensor
     labels: Tensor
     weights: Tensor
-    index: Tensor
+    rows: Tensor
 
 
 @dataclass
@@ -47,8 +47,9 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Called by torch's loader so that copies to a GPU don't wait."""
-        pinned = (t.pin_memory() for t in (self.images, self.labels, self.weights, self.index))
-        return Batch(*pinned, self.epoch, self.unreadable)
+        tensors = (self.images, self.labels, self.weights, self.index)
+        images, labels, weights, index = (tensor.pin_memory() for tensor in tensors)
+        return Batch(images, labels, weights, index, self.epoch, self.unreadable)
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,12 @@ class Pictures(Dataset[Batch]):
                 weights[place] = 0.0
             else:
                 images[place] = picture.permute(1, 2, 0)
-        index = torch.tensor([item.index for item in items])
+        index = torch.tensor([item.row for item in items])
         return Batch(images.permute(0, 3, 1, 2), labels, weights, index, items[0].epoch, unreadable)
 
     def _read(self, item: Item, unreadable: list[str]) -> tuple[Tensor | None, int]:
         for offset in range(REPLACEMENT_TRIES if self.replace_unreadable else 1):
-            row = self.rows[(item.index + offset) % len(self.rows)]
+            row = self.rows[(item.row + offset) % len(self.rows)]
             try:
                 return self._cut(decode(_source(row), min_side=self.crop.size), item), int(row["label"])
             except UnreadableImage as error:
@@ -98,7 +99,7 @@ class Pictures(Dataset[Batch]):
     def _cut(self, picture: Tensor, item: Item) -> Tensor:
         if self.augment == "none":
             return self.crop.center(picture)
-        return self.crop.random(picture, self.augment, crop_seed(self.seed, item.epoch, item.index))
+        return self.crop.random(picture, self.augment, crop_seed(self.seed, item.epoch, item.row))
 
 
 def _source(row: dict[str, Any]) -> bytes | str:
@@ -106,7 +107,7 @@ def _source(row: dict[str, Any]) -> bytes | str:
     return image["bytes"] if image["bytes"] is not None else image["path"]  # type: ignore[no-any-return]
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
@@ -217,7 +218,7 @@ class FeatureFeed:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Micro]:
         """The micro-batches of an epoch from optimizer step *first_step* on."""
         for items in self.order.micro_batches(epoch, first_step):
-            index = torch.tensor([item.index for item in items])
+            index = torch.tensor([item.row for item in items])
             weights = torch.tensor([item.weight for item in items], dtype=torch.float32)
             chosen = index.to(self._features.device)
             yield Micro(self._features[chosen], self._labels[chosen], weights.to(chosen.device), index)

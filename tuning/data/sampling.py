@@ -10,25 +10,28 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from tuning.sizes import BatchPlan
+
+Rows = npt.NDArray[np.int64]
 
 
 class Item(NamedTuple):
     """One place in a micro-batch.
 
     Attributes:
-        epoch: pass over the data; with `index` it seeds every random draw for the image.
-        index: row of the dataset.
+        epoch: pass over the data; with `row` it seeds every random draw for the image.
+        row: of the dataset.
         weight: 1 = a real image of this step, 0 = filler that keeps the batch full (a short last window).
     """
 
     epoch: int
-    index: int
+    row: int
     weight: float
 
 
-def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(images: int, seed: int, epoch: int) -> Rows:
     """Permutation of ``range(images)`` for one epoch."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(images)
 

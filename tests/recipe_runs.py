@@ -1,0 +1,85 @@
+"""Run the real recipes: in a forked child that has torch imported already, or as a process of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_SECONDS = 240
+
+
+@dataclass
+class Finished:
+    """How a recipe ended."""
+
+    returncode: int | None
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Finished]
+
+
+def run_forked(folder: Path, *flags: str, environment: dict[str, str | None] | None = None) -> Finished:
+    """`recipes/finetune.py` with *flags*, in *folder*, in a forked child: a second instead of a launch."""
+    _import_once()
+    log = folder / ".output"
+    log.mkdir(exist_ok=True)
+    context: Any = multiprocessing.get_context("fork")
+    child = context.Process(target=_child, args=(folder, flags, environment or {}))
+    child.start()
+    child.join(TIMEOUT_SECONDS)
+    if child.exitcode is None:
+        child.kill()
+    texts = [(log / name).read_text() for name in ("stdout", "stderr")]
+    for name in ("stdout", "stderr"):
+        (log / name).unlink()
+    log.rmdir()
+    return Finished(child.exitcode, *texts)
+
+
+def _import_once() -> None:
+    for module in ("wandb", "tuning.console", "tuning.feeds", "tuning.plots", "tuning.track"):
+        importlib.import_module(module)
+
+
+def _child(folder: Path, flags: tuple[str, ...], environment: dict[str, str | None]) -> None:
+    import finetune as recipe
+
+    from tuning.command_line import run_recipe
+
+    os.chdir(folder)
+    for name, value in environment.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    sys.argv = ["finetune.py", *flags, "--threads", "1"]
+    with _captured(folder / ".output"):
+        try:
+            run_recipe(recipe.finetune, "recipes/finetune.py", presets=ROOT / "recipes" / "presets")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+    os._exit(code)
+
+
+@contextlib.contextmanager
+def _captured(log: Path) -> Iterator[None]:
+    with (log / "stdout").open("w") as out, (log / "stderr").open("w") as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        sys.stdout, sys.stderr = out, err
+        yield
+        out.flush()
+        err.flush()

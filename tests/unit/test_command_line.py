@@ -1,0 +1,285 @@
+"""From what was typed, and a YAML file under it, to checked flags and stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tuning import command_line
+from tuning.coerce import field_types
+from tuning.command_line import NOT_IN_CONFIG, Command, check_flags, dump, flat, parse_command, resolve_stages
+from tuning.errors import UserError
+from tuning.flags import Flags
+from tuning.stages import Stage
+
+PRESETS = Path(__file__).parents[2] / "recipes" / "presets"
+ALL_FLAGS = flat(Flags())
+
+
+def parse(*argv: str) -> Command:
+    return parse_command(argv, "test", "", PRESETS)
+
+
+def with_values(**values: Any) -> Flags:
+    """Flags with flat *values* put into their groups."""
+    flags = Flags()
+    for group in dataclasses.fields(Flags):
+        content = getattr(flags, group.name)
+        own = {key: value for key, value in values.items() if key in field_types(type(content))}
+        flags = dataclasses.replace(flags, **{group.name: dataclasses.replace(content, **own)})
+    return flags
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> Path:
+    return tmp_path / "preset.yaml"
+
+
+def test_no_flag_occurs_twice() -> None:
+    groups = [vars(group) for group in vars(Flags()).values()]
+    assert sum(map(len, groups)) == len(ALL_FLAGS)
+
+
+def test_every_stage_key_is_a_flag() -> None:
+    assert set(field_types(Stage)) - {"name", "open"} <= set(ALL_FLAGS)
+
+
+def test_defaults_without_the_demo() -> None:
+    command = parse("--data", "photos")
+    assert command.flags == with_values(data="photos")
+    assert [stage.open for stage in command.stages] == ["head", "all"]
+
+
+def test_without_flags_the_demo_preset_is_read() -> None:
+    demo = yaml.safe_load((PRESETS / "demo.yaml").read_text())
+    for argv in ((), ("--data", "demo"), ("--data=demo",)):
+        command = parse(*argv)
+        assert command.flags.model.model == demo["model"]
+        assert len(command.stages) == len(demo["stages"])
+
+
+def test_precedence(preset: Path) -> None:
+    preset.write_text("data: photos\nlr: 2e-3\nepochs: 5\n")
+    command = parse("--preset", str(preset), "--epochs", "7")
+    flags = command.flags
+    assert (flags.data.data, flags.optimisation.lr, flags.staging.epochs) == ("photos", 2e-3, 7)
+    assert flags.batch.batch_size == Flags().batch.batch_size
+    assert command.stages[-1].lr == 2e-3
+    assert command.stages[-1].epochs == 7
+
+
+def test_both_spellings_on_the_command_line_and_in_yaml(preset: Path) -> None:
+    preset.write_text("batch-size: 12\nlabel_smoothing: 0.1\n")
+    flags = parse("--preset", str(preset), "--weight_decay", "0.2", "--lr-floor", "0.01").flags
+    assert (flags.batch.batch_size, flags.regularisation.label_smoothing) == (12, 0.1)
+    assert (flags.optimisation.weight_decay, flags.optimisation.lr_floor) == (0.2, 0.01)
+
+
+def test_a_preset_by_name() -> None:
+    assert parse("--preset", "demo").stages == parse().stages
+    with pytest.raises(UserError, match=r"--preset 'demi' is not known\. Perhaps you meant 'demo'\. Known: .*demo"):
+        parse("--preset", "demi")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("epoch: 3", ["unknown key 'epoch'", "Perhaps you meant 'epochs'"]),
+        ("lr: fast", ["lr: 'fast' is not a number"]),
+        ("epochs: 2.5", ["epochs: 2.5 is not a whole number"]),
+        ("schedule: cosin", ["Perhaps you meant 'cosine'"]),
+        ("workers: outo", ["Perhaps you meant 'auto'"]),
+        ("stages: []", ["must be a list of stages"]),
+        ("stages: [{open: all, epoch: 3}]", ["stage 1", "Perhaps you meant 'epochs'"]),
+        ("- a\n- b", ["'flag: value' lines", "list"]),
+        ("just words", ["'flag: value' lines", "str"]),
+        ("lr: [1", ["can't be read as YAML"]),
+        ("lr: 2024-13-45", ["can't be read as YAML"]),
+        ("lr: !!bool x", ["can't be read as YAML"]),
+        ("lr: " + "[" * 500, ["can't be read as YAML"]),
+        ("lr: !!python/object:os.system {}", ["can't be read as YAML"]),
+        ("seed: 99999999999999999999", ["--seed is 99999999999999999999", "below 2^63"]),
+    ],
+)
+def test_bad_files(preset: Path, content: str, words: list[str]) -> None:
+    preset.write_text(content)
+    with pytest.raises(UserError) as caught:
+        parse("--preset", str(preset))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_files_that_are_no_text(preset: Path, tmp_path: Path) -> None:
+    preset.write_bytes(b"\xff\xfe\x00lr: 1")
+    with pytest.raises(UserError, match="can't be read as YAML"):
+        parse("--preset", str(preset))
+    with pytest.raises(UserError, match=r"--config .*there is no such file"):
+        parse("--config", str(tmp_path / "none.yaml"))
+    with pytest.raises(UserError, match=r"--config .*there is no such file"):
+        parse("--config", str(tmp_path))
+
+
+def test_config_and_preset_exclude_each_other() -> None:
+    with pytest.raises(UserError, match=r"--config a\.yaml and --preset demo exclude each other"):
+        parse("--config", "a.yaml", "--preset", "demo")
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "remedy"),
+    [
+        ("lr", (0.0, -1.0, float("nan"), float("inf")), "above 0"),
+        ("freeze_lr", (0.0, -1.0, float("nan"), float("inf")), "above 0"),
+        ("val_fraction", (0.0, 1.0, float("nan")), "between 0 and 1"),
+        *((key, (-0.1, 1.0, float("nan")), "[0, 1)") for key in ("drop_rate", "drop_path_rate", "label_smoothing")),
+        ("clip_norm", (-1.0, float("nan"), float("inf")), "0 for off"),
+        *((key, (0.0, -1.0, float("nan"), float("inf")), "above 0") for key in ("clip_value", "clip_agc")),
+        *((key, (-1,), "from 0") for key in ("workers", "freeze_epochs", "epochs", "seed", "save_every")),
+        *((key, (0, -1), "from 1") for key in ("limit_train", "limit_eval", "batch_size", "micro_batch", "lr_batch")),
+        *((key, (0, -1), "from 1") for key in ("keep", "log_every", "threads", "max_steps")),
+        ("seed", (2**63, 2**64), "below 2^63"),
+    ],
+)
+def test_single_values_are_refused(key: str, values: tuple[Any, ...], remedy: str) -> None:
+    for value in values:
+        with pytest.raises(UserError) as caught:
+            check_flags(with_values(**{key: value}))
+        assert str(caught.value).startswith(f"--{key.replace('_', '-')} is {value!r}; give")
+        assert remedy in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"layer_decay": 0.7, "lr_ratio": 0.1}, "--layer-decay 0.7 and --lr-ratio 0.1 exclude each other"),
+        ({"clip_value": 1.0, "clip_agc": 0.1}, "--clip-value 1.0 and --clip-agc 0.1 exclude each other"),
+        ({"init": "kaiming"}, "Add --weights none, or use --head-init"),
+        ({"init": "zero", "weights": "none"}, "--init zero"),
+        ({"batch_norm": "frozen", "weights": "none"}, "Use --batch-norm train"),
+        ({"cache_features": True, "freeze_epochs": 0}, "--freeze-epochs is 0"),
+    ],
+)
+def test_combinations_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_flags(with_values(**values))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "ratio", "decay", "batch_norm"),
+    [
+        ({}, 0.1, None, "frozen"),
+        ({"weights": "none"}, 1.0, None, "train"),
+        ({"weights": "file.pth"}, 0.1, None, "frozen"),
+        ({"layer_decay": 0.7}, None, 0.7, "frozen"),
+        ({"lr_ratio": 0.5, "batch_norm": "train"}, 0.5, None, "train"),
+    ],
+)
+def test_values_that_depend_on_the_weights(
+    values: dict[str, Any], ratio: float | None, decay: float | None, batch_norm: str
+) -> None:
+    for stage in resolve_stages(with_values(**values)):
+        assert (stage.lr_ratio, stage.layer_decay, stage.batch_norm) == (ratio, decay, batch_norm)
+
+
+@pytest.fixture
+def files_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave tyro out, which takes a tenth of a second: an empty command line gives the values of the file."""
+    monkeypatch.setattr(command_line, "_parse", lambda argv, name, description, default: default)
+
+
+SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+FLOATS = st.floats(1e-12, 0.9)
+VALUES = st.fixed_dictionaries(
+    {},
+    optional={
+        "data": st.text(min_size=1),
+        "model": st.text(min_size=1),
+        "run_name": st.text(),
+        "lr": st.floats(1e-300, 1e300),
+        "label_smoothing": FLOATS,
+        "drop_rate": st.none() | FLOATS,
+        "micro_batch": st.just("auto") | st.integers(1, 10**9),
+        "limit_train": st.none() | st.integers(1, 10**12),
+        "seed": st.integers(0, 2**63 - 1),
+        "schedule": st.sampled_from(["sgdr", "cosine", "one-cycle", "step", "triangular", "constant"]),
+        "cache_features": st.booleans(),
+        "layer_decay": st.none() | FLOATS,
+        "warmup_epochs": FLOATS,
+        "lr_scaling": st.sampled_from(["none", "linear", "sqrt"]),
+        "unfreeze": st.sampled_from(["all", "gradual"]),
+        "precision": st.sampled_from([None, "fp32", "bf16"]),
+    },
+)
+
+
+@settings(SHARED, max_examples=20)
+@given(VALUES)
+def test_a_config_repeats_the_run(tmp_path: Path, values: dict[str, Any]) -> None:
+    """What ``config.yaml`` holds gives the same flags and stages, whatever the values."""
+    _repeats(tmp_path, values)
+
+
+@settings(SHARED, max_examples=150)
+@given(VALUES)
+def test_reading_a_config_repeats_the_run(tmp_path: Path, files_only: None, values: dict[str, Any]) -> None:
+    _repeats(tmp_path, values)
+
+
+def _repeats(tmp_path: Path, values: dict[str, Any]) -> None:
+    flags = with_values(**values)
+    (tmp_path / "config.yaml").write_text(dump(flags), encoding="utf-8")
+    again = parse("--config", str(tmp_path / "config.yaml"))
+    assert again.config == dump(flags)
+    kept = {key: value for key, value in flat(flags).items() if key not in NOT_IN_CONFIG}
+    assert {key: value for key, value in flat(again.flags).items() if key in kept} == kept
+    assert again.stages == resolve_stages(flags)
+
+
+def test_a_config_with_stages_repeats_the_run(tmp_path: Path) -> None:
+    first = parse("--lr-scaling", "linear", "--lr-batch", "100", "--layer-decay", "0.9")
+    (tmp_path / "config.yaml").write_text(first.config, encoding="utf-8")
+    again = parse("--config", str(tmp_path / "config.yaml"))
+    assert again.stages == first.stages
+    assert again.config == first.config
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+SCALARS |= (
+    st.dates()
+    | st.binary(max_size=4)
+    | st.sampled_from(["head", "all", "40%", "1e-3", "auto", "cosine", "none", "", "x%"])
+)
+STAGE_KEYS = st.sampled_from(sorted(field_types(Stage)))
+TREES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3))
+STAGES = st.lists(st.dictionaries(STAGE_KEYS, SCALARS, max_size=4), max_size=3)
+DOCUMENTS = st.dictionaries(st.sampled_from(sorted(ALL_FLAGS)), SCALARS | TREES, max_size=3)
+
+
+@settings(SHARED, max_examples=300)
+@given(TREES | DOCUMENTS | st.builds(lambda d, s: d | {"stages": s}, DOCUMENTS, STAGES | TREES))
+def test_any_document_gives_a_command_or_one_message(preset: Path, files_only: None, document: Any) -> None:
+    preset.write_text(yaml.safe_dump(document), encoding="utf-8")
+    _parses_or_refuses(preset)
+
+
+@settings(SHARED, max_examples=300)
+@given(st.text(alphabet=st.sampled_from("abe:- \n[]{}&*!|>'\"%@`,?#<=~.0123456789+_xo"), max_size=40) | st.text())
+def test_any_text_gives_a_command_or_one_message(preset: Path, files_only: None, text: str) -> None:
+    preset.write_text(text, encoding="utf-8", errors="replace")
+    _parses_or_refuses(preset)
+
+
+def _parses_or_refuses(preset: Path) -> None:
+    try:
+        command = parse("--preset", str(preset))
+    except UserError:
+        return
+    assert command.stages
+    for stage in command.stages:
+        assert 0 <= stage.factor(5)(3) <= 1
+        stage.cut_cycle(5)

@@ -1,0 +1,91 @@
+"""Imports point down only: recipes -> layer 2 (accelerate) -> layer 1 (torch, timm, datasets) -> layer 0 (neither)."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAYER_0 = ("errors", "coerce", "flags", "stages", "progress", "schedules", "sizes", "command_line")
+LAYER_0 += ("run_folder", "summary", "data.sampling", "data.splits")
+LAYER_2 = ("agreement", "session", "entering", "engine", "feeds", "features", "evaluation", "checkpoint")
+LAYER_2 += ("track", "console")
+TUNING = {".".join(p.relative_to(ROOT / "tuning").with_suffix("").parts): p for p in (ROOT / "tuning").rglob("*.py")}
+MODULES = {name: path for name, path in TUNING.items() if not name.endswith("__init__")}
+LAYER_1 = sorted(MODULES.keys() - {*LAYER_0, *LAYER_2})
+HEAVY = ("torch", "torchvision", "timm", "accelerate", "datasets", "wandb", "matplotlib", "torchmetrics")
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a file imports, anywhere in it; ``from a import b`` counts as ``a`` and ``a.b``."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def packages(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported(path)}
+
+
+def test_the_layers_are_complete() -> None:
+    assert MODULES.keys() >= {*LAYER_0, *LAYER_2}
+    assert len(LAYER_1) > 15
+
+
+def test_layer_0_runs_without_torch() -> None:
+    lines = [f"import tuning.{name}" for name in LAYER_0]
+    script = "\n".join((*lines, "import sys", f"print([name for name in {HEAVY!r} if name in sys.modules])"))
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("layer", [(LAYER_0, (*LAYER_1, *LAYER_2)), (LAYER_1, LAYER_2)], ids=["0", "1"])
+def test_imports_point_down(layer: tuple[Sequence[str], Sequence[str]]) -> None:
+    lower, higher = layer
+    for name in lower:
+        reached = imported(MODULES[name]) & {f"tuning.{other}" for other in higher}
+        assert not reached, f"tuning.{name} imports {reached}"
+
+
+def test_layer_1_knows_nothing_of_accelerate() -> None:
+    assert [name for name in LAYER_1 if "accelerate" in packages(MODULES[name])] == []
+
+
+def test_layer_2_is_where_accelerate_is() -> None:
+    """A module that needs no accelerate, itself or through another of layer 2, belongs further down."""
+    others = {f"tuning.{name}" for name in LAYER_2}
+    assert [n for n in LAYER_2 if "accelerate" not in packages(MODULES[n]) and not imported(MODULES[n]) & others] == []
+
+
+def test_the_library_knows_no_recipe_and_no_launcher() -> None:
+    for path in MODULES.values():
+        assert not packages(path) & {"recipes", "launch", "tests"}, path
+
+
+def test_the_launcher_knows_no_library() -> None:
+    for path in (ROOT / "launch").rglob("*.py"):
+        assert not packages(path) & {"tuning", "recipes"}, path
+
+
+def test_recipes_do_not_import_each_other() -> None:
+    for path in (ROOT / "recipes").rglob("*.py"):
+        assert not packages(path) & {"recipes", "launch"}, path
+
+
+def test_wandb_is_used_in_one_module() -> None:
+    used = set()
+    for path in (*MODULES.values(), *(ROOT / "recipes").rglob("*.py")):
+        named = {node.id for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Name)}
+        if "wandb" in named | packages(path):
+            used.add(path.name)
+    assert used == {"track.py"}

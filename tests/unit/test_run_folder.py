@@ -1,0 +1,121 @@
+"""The folder of a run: its name, its files, and what may not be written over."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tuning.command_line import dump
+from tuning.errors import UserError
+from tuning.flags import Flags
+from tuning.run_folder import MAY_CHANGE, RunFolder, choose, forget_lines_after, refuse_other_run, write_atomically
+
+CONFIG = "lr: 0.001\nepochs: 3\nworkers: 2\n"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    folder.create(CONFIG)
+    return folder
+
+
+def test_choose_takes_output() -> None:
+    assert choose("some/where", "resnet18", "cats", 0.0).path == Path("some/where")
+
+
+def test_chosen_name_is_one_folder_whatever_the_model_is_called() -> None:
+    path = choose(None, "local-dir:/a/b", "hub/cats", 1e9).path
+    assert path.parent == Path("runs")
+    assert path.name.endswith("-local-dir--a-b-hub-cats")
+    assert ":" not in path.name
+
+
+def test_create_can_be_repeated(run: RunFolder) -> None:
+    run.create("lr: 0.002\n")
+    assert (run.path / "config.yaml").read_text() == "lr: 0.002\n"
+    assert run.plots.is_dir()
+    assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "plots"]
+
+
+def test_summary_is_replaced_as_a_whole(run: RunFolder) -> None:
+    run.write_summary({"status": "failed", "error": "long " * 100})
+    run.write_summary({"status": "done"})
+    assert json.loads((run.path / "summary.json").read_text()) == {"status": "done"}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file.json"
+    write_atomically(file, "old")
+
+    def fail(self: Path, target: Path) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(file, "new")
+    assert file.read_text() == "old"
+
+
+def test_another_run_is_not_written_over(run: RunFolder) -> None:
+    with pytest.raises(UserError, match=r"holds another run.*--resume auto"):
+        refuse_other_run(run, "never", CONFIG)
+
+
+def test_the_same_run_goes_on(run: RunFolder) -> None:
+    refuse_other_run(run, "auto", CONFIG)
+    refuse_other_run(run, "auto", CONFIG.replace("workers: 2", "workers: 0"))
+
+
+def test_changed_flags_are_named_with_both_values(run: RunFolder) -> None:
+    with pytest.raises(UserError) as caught:
+        refuse_other_run(run, "auto", "lr: 0.01\nepochs: 3\nworkers: 2\nnesterov: true\n")
+    assert "--lr was 0.001, now 0.01" in str(caught.value)
+    assert "--nesterov was None, now True" in str(caught.value)
+    assert "epochs" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "- a\n- b\n", "{", "lr"])
+def test_a_foreign_config_is_not_a_run(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"not the config\.yaml of a run"):
+        refuse_other_run(RunFolder(tmp_path), "auto", CONFIG)
+
+
+def test_only_real_flags_may_change() -> None:
+    names = {line.partition(":")[0] for line in dump(Flags()).splitlines()}
+    assert names >= MAY_CHANGE
+    assert not MAY_CHANGE & {"lr", "batch_size", "seed", "epochs", "precision"}
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"--output .*file"):
+            refuse_other_run(RunFolder(output), "never", CONFIG)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_place_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="can't be written"):
+        refuse_other_run(RunFolder(tmp_path / "run"), "never", CONFIG)
+    tmp_path.chmod(0o700)
+
+
+def test_refusing_writes_nothing(tmp_path: Path) -> None:
+    refuse_other_run(RunFolder(tmp_path / "a" / "b"), "never", CONFIG)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    forget_lines_after(metrics, 2)
+    assert not metrics.exists()
+    kept = [json.dumps({"step": step, "train/loss": 1.0}) for step in (0, 1, 2, 2)]
+    metrics.write_text("\n".join([*kept, '{"step": 3}', '{"step": 2, "train/lo']))
+    forget_lines_after(metrics, 2)
+    assert metrics.read_text() == "".join(line + "\n" for line in kept)
