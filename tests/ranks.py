@@ -65,8 +65,10 @@ def _rank(
         )
     try:
         torch.set_num_threads(1)
-        from accelerate import PartialState
+        from accelerate.state import AcceleratorState, GradientState, PartialState
 
+        AcceleratorState._reset_state(reset_partial_state=True)  # what the parent started would be inherited
+        GradientState._reset_state()
         found = PartialState(cpu=True).num_processes
         assert found == world_size, f"asked for {world_size} processes, got {found}"
         sender.send_bytes(pickle.dumps((True, function(*args))))

@@ -159,7 +159,6 @@ def test_single_values_are_refused(key: str, values: tuple[Any, ...], remedy: st
         ({"clip_value": 1.0, "clip_agc": 0.1}, "--clip-value 1.0 and --clip-agc 0.1 exclude each other"),
         ({"init": "kaiming"}, "Add --weights none, or use --head-init"),
         ({"init": "zero", "weights": "none"}, "--init zero"),
-        ({"batch_norm": "frozen", "weights": "none"}, "Use --batch-norm train"),
         ({"cache_features": True, "freeze_epochs": 0}, "--freeze-epochs is 0"),
     ],
 )
