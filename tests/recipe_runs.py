@@ -52,22 +52,28 @@ def _import_once() -> None:
         importlib.import_module(module)
 
 
-def _child(folder: Path, flags: tuple[str, ...], environment: dict[str, str | None]) -> None:
+def finetune_here(*flags: str) -> int:
+    """`recipes/finetune.py` with *flags* in this process; its exit status."""
     import finetune as recipe
 
     from tuning.command_line import run_recipe
 
+    sys.argv = ["finetune.py", *flags, "--threads", "1"]
+    try:
+        run_recipe(recipe.finetune, "recipes/finetune.py", presets=ROOT / "recipes" / "presets")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+
+
+def _child(folder: Path, flags: tuple[str, ...], environment: dict[str, str | None]) -> None:
     os.chdir(folder)
     for name, value in environment.items():
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
-    sys.argv = ["finetune.py", *flags, "--threads", "1"]
     with _captured(folder / ".output"):
         try:
-            run_recipe(recipe.finetune, "recipes/finetune.py", presets=ROOT / "recipes" / "presets")
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
+            code = finetune_here(*flags)
         except BaseException:
             traceback.print_exc()
             code = 1

@@ -77,9 +77,9 @@ def run_stages(*argv: str, threads: int = 1) -> StageRun:
         for step in train_steps(accelerator, entered, feeds.train, loss, clip, progress, flags.run.seed):
             run.lrs.append(step.lrs)
             run.losses.append(float(step.loss))
-        run.states.append(state_of(model))
         run.opened.append(open_names(model, planned.stage.open))
         run.metrics.append(evaluate(accelerator, feeds.judged, feeds.evaluation, len(data.eval), len(data.classes)))
+        run.states.append(state_of(model))
         run.grouped.append(_times_grouped(model, entered.optimizer))
         progress.stage, progress.stage_step = number + 1, 0
     return run

@@ -12,15 +12,18 @@ class DriftError(RuntimeError):
 
 
 def average_statistics(accelerator: Accelerator, model: nn.Module) -> None:
-    """Give every process the mean of the BatchNorm statistics, which training batches move apart.
+    """Give every process the mean of the running statistics of norms, which training batches move apart.
 
-    Otherwise each process would evaluate, and rank 0 save, a slightly different model.
+    Called before the statistics are used or saved: otherwise each process would evaluate, and rank 0 save, a slightly
+    different model. A running average is linear, so the moment of averaging changes no result.
     """
     if accelerator.num_processes == 1:
         return
-    moving = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    for statistics in (s for m in moving for s in (m.running_mean, m.running_var) if s is not None):
-        statistics.copy_(accelerator.reduce(statistics, reduction="mean"))
+    for module in (m for m in model.modules() if m.training):
+        # By buffer, not by class: timm's EvoNorm and its like are no subclasses of BatchNorm.
+        for name, statistics in module.named_buffers(recurse=False):
+            if name.startswith("running_"):
+                statistics.copy_(accelerator.reduce(statistics, reduction="mean"))
 
 
 def refuse_drift(accelerator: Accelerator, model: nn.Module) -> None:

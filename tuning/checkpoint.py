@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tuning.agreement import average_statistics
 from tuning.entering import Entered
 from tuning.errors import UserError
 from tuning.progress import Progress
@@ -42,6 +43,7 @@ def save(accelerator: Accelerator, run: Path, entered: Entered, progress: Progre
     Returns:
         the folder of the checkpoint.
     """
+    average_statistics(accelerator, entered.model)
     folder = run / "checkpoints" / f"step-{progress.step:08d}"
     if accelerator.is_main_process:
         temporary = folder.with_name(f".{folder.name}.partial")
@@ -90,6 +92,13 @@ def _sync_folder(folder: Path) -> None:
 def _prune(folder: Path, keep: int) -> None:
     for old in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Remove checkpoints beyond *step*, which the run has gone back behind: damaged ones, or another continuation."""
+    for folder in (run / "checkpoints").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
 
 
 def find(run: Path, resume: str) -> Checkpoint | None:

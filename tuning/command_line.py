@@ -58,7 +58,8 @@ Recipe = Callable[[Command], None]
 def run_recipe(recipe: Recipe, name: str, presets: Path) -> NoReturn:
     """Parse the command line, call the recipe and end the process.
 
-    Exit status: 0 done; 2 the user must change something (message on stderr, no traceback); 1 a defect (traceback).
+    Exit status: 0 done; 2 the user must change something (message on stderr, no traceback); 75 stopped by Ctrl-C; 1 a
+    defect (traceback).
 
     Args:
         recipe: does the work; its docstring is the description in ``--help``.
@@ -74,6 +75,9 @@ def run_recipe(recipe: Recipe, name: str, presets: Path) -> NoReturn:
     except UserError as error:
         _report(error)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; --resume auto --output FOLDER goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(75)
     sys.exit(0)
 
 
@@ -104,11 +108,21 @@ def parse_command(argv: Sequence[str], name: str, description: str, presets: Pat
     """
     values, listed, where = _read_file(argv, presets)
     default = _with_values(Flags(), values, where)
-    flags = _parse(argv, name, description, default)
+    flags = _typed_decay_wins(_parse(argv, name, description, default), default)
     check_flags(flags)
     stages = resolve_stages(flags, listed, where)
-    _refuse_without_effect(flags, default, listed, where)
+    _refuse_without_effect(flags, default, stages, listed, where)
     return Command(flags, stages, dump(flags, listed))
+
+
+def _typed_decay_wins(flags: Flags, default: Flags) -> Flags:
+    """A typed --layer-decay takes the place of a preset's --lr-ratio, and the other way round."""
+    now, before = flags.optimisation, default.optimisation
+    if now.layer_decay != before.layer_decay and now.lr_ratio == before.lr_ratio:
+        now = dataclasses.replace(now, lr_ratio=None)
+    elif now.lr_ratio != before.lr_ratio and now.layer_decay == before.layer_decay:
+        now = dataclasses.replace(now, layer_decay=None)
+    return dataclasses.replace(flags, optimisation=now)
 
 
 def _parse(argv: Sequence[str], name: str, description: str, default: Flags) -> Flags:
@@ -268,7 +282,9 @@ def check_flags(flags: Flags) -> None:
     _check_combinations(flags)
 
 
-def _refuse_without_effect(flags: Flags, default: Flags, listed: list[Any] | None, where: str) -> None:
+def _refuse_without_effect(
+    flags: Flags, default: Flags, stages: Sequence[Stage], listed: list[Any] | None, where: str
+) -> None:
     """Refuse a flag that was typed for nothing, rather than ignore it."""
     values, before = flat(flags), flat(default)
     typed = [key for key in values if values[key] != before[key]]
@@ -278,14 +294,15 @@ def _refuse_without_effect(flags: Flags, default: Flags, listed: list[Any] | Non
             if key in own:
                 flag = key.replace("_", "-")
                 raise UserError(
-                    f"--{flag} {values[key]} has no effect: the stages listed in {where} decide that. Edit them."
+                    f"--{flag} {values[key]}: the stages listed in {where} set that themselves. Copy the file, edit "
+                    "its stages and give it as --preset."
                 )
-        return
     for key, (switch, allowed) in NEEDS.items():
-        if key in typed and values[switch] not in allowed:
+        chosen = sorted({str(getattr(stage, switch, values[switch])) for stage in stages})
+        if key in typed and not set(chosen) & set(allowed):
             flag, other = key.replace("_", "-"), switch.replace("_", "-")
             raise UserError(
-                f"--{flag} {values[key]} has no effect with --{other} {values[switch]}. Drop it, or choose "
+                f"--{flag} {values[key]} has no effect with --{other} {' and '.join(chosen)}. Drop it, or choose "
                 f"--{other} {' or '.join(allowed)}."
             )
 

@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tuning.agreement import average_statistics
 from tuning.clipping import Clip
 from tuning.data.loader import Feed, Micro
 from tuning.data.sampling import step_seed
@@ -71,8 +70,6 @@ def train_steps(
             mean_loss = _backward(accelerator, entered.wrapped, stream, loss, feed, images, seed, progress.step)
             grad_norm = _update(accelerator, entered, clip)
             ends_epoch = in_epoch == per_epoch - 1
-            if ends_epoch:
-                average_statistics(accelerator, entered.model)
             progress.step += 1
             progress.stage_step += 1
             progress.images += images

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from tuning.depth import closed_eval, freeze_batch_norm, open_names, set_open
-from tuning.groups import check_decay, param_groups, set_peak_lrs
+from tuning.groups import param_groups, set_peak_lrs
 from tuning.optimizers import create_optimizer
 from tuning.plan import StagePlan
 from tuning.stages import Stage
@@ -65,7 +65,7 @@ def enter_stage(
         before: the stage that ends now.
 
     Raises:
-        UserError: layer decay that would leave all learning rates equal, or a depth the model doesn't have.
+        UserError: a depth the model doesn't have.
     """
     stage, decay = planned.stage, planned.layer_decay
     if before is not None:
@@ -78,7 +78,6 @@ def enter_stage(
         groups = param_groups(model, lr=stage.lr, layer_decay=decay, weight_decay=stage.weight_decay)
         accelerator._optimizers.clear()
         optimizer = accelerator.prepare_optimizer(create_optimizer(stage.optimizer, groups, stage.momentum))
-    check_decay(optimizer.param_groups, decay)
     trained = HeadOnly(model) if stage.cache_features else model
     wrapped = accelerator.prepare_model(trained)
     factor = stage.factor(planned.steps_per_epoch)
@@ -107,10 +106,19 @@ class HeadOnly(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.drop_rate = float(getattr(model, "drop_rate", 0.0))
+        self.drop_rate = _head_dropout(model)
         self.classifier: Any = model.get_classifier()  # type: ignore[operator]
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Dropout as in the whole model, then the classifier."""
         dropped = nn.functional.dropout(features, self.drop_rate, self.training)
         return self.classifier(dropped)  # type: ignore[no-any-return]
+
+
+def _head_dropout(model: nn.Module) -> float:
+    """Probability of the dropout right before the classifier: a module in ViT-like models, an attribute in others."""
+    modules = dict(model.named_modules())
+    found = [modules[name] for name in ("head_drop", "head.drop") if name in modules]
+    if found:
+        return float(getattr(found[0], "p", 0.0))
+    return float(getattr(model, "drop_rate", 0.0))

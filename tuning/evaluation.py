@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from tuning.agreement import average_statistics
 from tuning.data.loader import Micro
 from tuning.errors import UserError
 from tuning.losses import cross_entropy
@@ -30,6 +31,7 @@ def evaluate(
     Raises:
         UserError: not one picture could be read.
     """
+    average_statistics(accelerator, model)
     model.eval()
     loss = cross_entropy()
     parts: list[tuple[Tensor, ...]] = []
@@ -40,11 +42,12 @@ def evaluate(
             parts.append((rank_classes(logits), micro.labels, loss(logits, micro.labels), micro.weights, index))
     mine = tuple(torch.cat(column) for column in zip(*parts, strict=True))
     ranked, labels, losses, weights, index = (column.cpu() for column in accelerator.gather(mine))
+    assert len(index.unique()) == images, f"{len(index.unique())} of {images} images were evaluated"
     counted = weights > 0
     if not counted.any():
         raise UserError(f"none of the {images} evaluation pictures could be read; check --data.")
     seen = index[counted]
-    assert len(seen.unique()) == len(seen) <= images, "an image was evaluated twice"
+    assert len(seen.unique()) == len(seen), "an image was evaluated twice"
     order = torch.argsort(seen)
     metrics = classification_metrics(ranked[counted][order], labels[counted][order], losses[counted][order], classes)
     return {**metrics, "images": len(seen)}

@@ -36,6 +36,7 @@ def compute_features(accelerator: Accelerator, model: nn.Module, feed: EvalFeed)
             parts.append((pooled.float(), micro.labels, micro.weights, index))
     mine = tuple(torch.cat(column) for column in zip(*parts, strict=True))
     features, labels, weights, index = accelerator.gather(mine)
+    assert len(index.unique()) == feed.order.images, "pictures are missing from the features"
     return _in_order(features, labels, weights > 0, index, feed.order.images)
 
 

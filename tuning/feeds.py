@@ -19,6 +19,7 @@ from tuning.features import CachedEval, compute_features
 from tuning.models import ModelInfo
 from tuning.plan import StagePlan
 
+EVAL_BATCH = 64  # pictures per forward pass per process
 CACHED_EVAL_BATCH = 4096  # rows of features, a few kB each
 
 
@@ -80,6 +81,6 @@ def stage_feeds(
 
 def plain_feed(accelerator: Accelerator, rows: Dataset, planned: StagePlan, info: ModelInfo, workers: int) -> EvalFeed:
     """This process's part of *rows*, every picture once, with the evaluation crop at the stage's size."""
-    order = EvalOrder(len(rows), planned.batch.micro_batch, accelerator.process_index, accelerator.num_processes)
+    order = EvalOrder(len(rows), EVAL_BATCH, accelerator.process_index, accelerator.num_processes)
     crop, normalise = Crop(planned.image_size, info.interpolation, info.crop_pct), Normalise(info.mean, info.std)
     return EvalFeed(rows, order, crop, normalise, workers=workers, device=accelerator.device)

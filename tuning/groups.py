@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -74,42 +74,6 @@ def decay_for_ratio(model: nn.Module | Mapping[str, int], lr_ratio: float) -> fl
     if top == 0 and lr_ratio < 1:
         raise UserError(f"--lr-ratio {lr_ratio!r} has no effect: this model has a single depth. Leave it at 1.")
     return float(lr_ratio ** (1 / max(top, 1)))
-
-
-def check_decay(groups: Sequence[Group], layer_decay: float) -> None:
-    """Refuse a layer decay that does nothing: a single depth, or open depths with the same peak learning rate.
-
-    Raises UserError.
-    """
-    if layer_decay == 1:
-        return
-    if len({group["depth"] for group in groups}) == 1:
-        raise UserError(f"--layer-decay {layer_decay!r} has no effect: this model has a single depth. Leave it at 1.")
-    by_rate: dict[float, set[int]] = {}
-    for group in groups:
-        if any(parameter.requires_grad for parameter in group["params"]):
-            by_rate.setdefault(group["peak_lr"], set()).add(group["depth"])
-    for rate, depths in by_rate.items():
-        if len(depths) > 1:
-            raise UserError(
-                f"--layer-decay {layer_decay!r} has no effect: layers {sorted(depths)} "
-                f"all train at a learning rate of {rate:g}. Choose a value nearer to 1, or leave it at 1."
-            )
-
-
-def group_table(groups: Iterable[Group]) -> list[tuple[str, int, int, int, float, float]]:
-    """Rows to print, one a group: (name, depth, parameters, open parameters, peak learning rate, weight decay)."""
-    return [
-        (
-            group["name"],
-            group["depth"],
-            sum(parameter.numel() for parameter in group["params"]),
-            sum(parameter.numel() for parameter in group["params"] if parameter.requires_grad),
-            group["peak_lr"],
-            group["weight_decay"],
-        )
-        for group in groups
-    ]
 
 
 def _undecayed_patterns(model: nn.Module) -> frozenset[str]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tuning.data.loader import EvalFeed
+from tuning.errors import UserError
 from tuning.features import compute_features
 
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)  # strong to weak: each fit starts from the one before
@@ -35,7 +36,9 @@ def fit_logistic(features: Tensor, labels: Tensor, class_weights: Tensor, seed: 
     Returns:
         weights ``(K, C)``, biases ``(K,)``, and the penalty.
     """
-    mean, spread = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
+    mean, spread = features.mean(0), features.std(0, correction=0)
+    # A feature that is constant up to rounding gets weight 0: on new images it may move by many such spreads.
+    spread = torch.where(spread > 1e-5 * mean.abs(), spread, torch.inf)
     inputs = (features - mean) / spread
     losses = _cross_validate(inputs, labels, class_weights, seed)
     best = min(range(len(PENALTIES)), key=lambda n: losses[n])
@@ -96,15 +99,30 @@ def fit_head(
     Raises:
         UserError: the model's head is more than one linear layer on pooled features.
     """
+    classifier = linear_classifier(model)
     features, labels = compute_features(accelerator, model, feed)
     weights = torch.ones(classes) if class_weights is None else class_weights
-    classifier: nn.Module = model.get_classifier()  # type: ignore[operator]
     penalty = 0.0
     if accelerator.is_main_process:
         slope, intercept, penalty = fit_logistic(features, labels, weights.to(features.device), seed)
         with torch.no_grad():
-            classifier.weight.copy_(slope.view_as(classifier.weight))  # type: ignore[operator, arg-type]
-            classifier.bias.copy_(intercept)  # type: ignore[operator]
+            classifier.weight.copy_(slope)
+            classifier.bias.copy_(intercept)
     for parameter in classifier.parameters():
         broadcast(parameter.data)
     return float(broadcast_object_list([penalty])[0])
+
+
+def linear_classifier(model: nn.Module) -> nn.Linear:
+    """The model's head, when it is one that can be fitted.
+
+    Raises:
+        UserError: it is not a single linear layer with a bias.
+    """
+    classifier: object = model.get_classifier()  # type: ignore[operator]
+    if not isinstance(classifier, nn.Linear) or classifier.bias is None:
+        raise UserError(
+            f"the head of {type(model).__name__} is no single linear layer with a bias, so it can't be fitted. Leave "
+            "--head-init fitted out."
+        )
+    return classifier

@@ -15,14 +15,17 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def balanced_weights(labels: np.ndarray, classes: int) -> Tensor:
     """Weight of every class, ``N / (classes * its images)``: their mean over the images is 1 (King & Zeng 2001).
 
+    Classes without images don't count as classes and get weight 1, which only label smoothing uses.
+
     Args:
         labels: ``(N,)`` integers.
 
     Returns:
         ``(classes,)`` float32.
     """
-    counts = np.bincount(labels, minlength=classes).clip(min=1)
-    return torch.from_numpy(len(labels) / (classes * counts)).float()
+    counts = np.bincount(labels, minlength=classes)
+    weights = np.where(counts > 0, len(labels) / ((counts > 0).sum() * counts.clip(min=1)), 1.0)
+    return torch.from_numpy(weights).float()
 
 
 def cross_entropy(smoothing: float = 0.0, class_weights: Tensor | None = None) -> Loss:

@@ -89,7 +89,8 @@ def make_plan(
         image_size: side of the input, for stages that don't name their own.
 
     Raises:
-        UserError: a batch that doesn't divide, an unknown optimizer, a depth or a decay the model can't have.
+        UserError: a batch that doesn't divide, an unknown optimizer, a depth or a decay the model can't have, or
+            ``cache_features`` for a model with two heads.
     """
     return tuple(
         _plan_stage(stage, model, train_images, world_size, micro_batch, stage.image_size or image_size)
@@ -101,6 +102,11 @@ def _plan_stage(
     stage: Stage, model: nn.Module, train_images: int, world_size: int, micro_batch: int | str, image_size: int
 ) -> StagePlan:
     check_optimizer(stage.optimizer)
+    if stage.cache_features and not isinstance(model.get_classifier(), nn.Module):  # type: ignore[operator]
+        raise UserError(
+            f"stage {stage.name!r}: the head of {type(model).__name__} is more than one classifier, so its input can't "
+            "be cached. Leave --cache-features out."
+        )
     batch = plan_batch(stage.batch_size, micro_batch, world_size, train_images)
     decay = stage.layer_decay if stage.layer_decay is not None else decay_for_ratio(model, stage.lr_ratio or 1.0)
     groups = _plan_groups(stage, model, decay)
@@ -130,8 +136,10 @@ def _refuse_equal_rates(stage: Stage, groups: Sequence[GroupPlan]) -> None:
     depths = {group.depth for group in groups if group.open_parameters}
     rates = {group.peak_lr for group in groups if group.open_parameters}
     asked = stage.layer_decay if stage.layer_decay is not None else stage.lr_ratio
-    if asked not in (None, 1.0) and stage.open == "all" and len(rates) != max(2, len(depths)):
+    shows = len(rates) == len(depths) and (len(depths) > 1 or stage.open != "all") and min(rates) > 0
+    if asked not in (None, 1.0) and not shows:
         raise UserError(
             f"stage {stage.name!r}: the {len(depths)} open depths of the model have {len(rates)} different learning "
-            f"rates, although a decay of {asked} was asked for. Use --lr-ratio 1 for equal rates."
+            f"rates from {min(rates):g}, although a decay of {asked} was asked for. Use --lr-ratio 1 for equal rates, "
+            "or a decay nearer to 1."
         )

@@ -18,7 +18,7 @@ class Progress:
         images: training images seen in the run.
         skipped: optimizer steps that the gradient scaler left out.
         best: best value of the metric that chooses ``model/``; None before the first evaluation.
-        best_epoch: value of `epoch` at the best evaluation.
+        seconds: wall-clock time of the parts of the run before this one.
         tracker_id: id of the run in the tracker, so that a resumed run continues the same curves.
     """
 
@@ -29,7 +29,7 @@ class Progress:
     images: int = 0
     skipped: int = 0
     best: float | None = None
-    best_epoch: int | None = None
+    seconds: float = 0.0
     tracker_id: str | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Mapping
@@ -46,6 +47,7 @@ class RunFolder:
     def create(self, config: str) -> None:
         """Make the folder and write ``config.yaml``."""
         self.plots.mkdir(parents=True, exist_ok=True)
+        (self.path / SUMMARY).unlink(missing_ok=True)  # of the part of the run before this one
         write_atomically(self.path / CONFIG, config)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -53,17 +55,34 @@ class RunFolder:
         write_atomically(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
 
 
-def choose(output: str | None, model: str, data: str, now: float) -> RunFolder:
-    """--output, or ``runs/<time>-<model>-<data>``.
+def choose(output: str | None, resume: str, model: str, data: str, now: float) -> RunFolder:
+    """--output; the run that the checkpoint under --resume belongs to; or ``runs/<time>-<model>-<data>``.
 
     Args:
         now: seconds since the epoch, the same on every process.
+
+    Raises:
+        UserError: --resume without a run to go on with, or with a checkpoint of another run than --output.
     """
+    if resume not in ("never", "auto"):
+        return RunFolder(_run_of_checkpoint(Path(resume), output))
     if output is not None:
         return RunFolder(Path(output))
+    if resume == "auto":
+        raise UserError("--resume auto needs --output: the folder of the run to go on with.")
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
-    name = f"{stamp}-{model}-{data}".replace("/", "-").replace(":", "-")
+    name = re.sub(r"[/\\:]", "-", f"{stamp}-{model}-{data}")
     return RunFolder(Path("runs") / name)
+
+
+def _run_of_checkpoint(checkpoint: Path, output: str | None) -> Path:
+    run = checkpoint.resolve().parent.parent
+    if output is not None and Path(output).resolve() != run:
+        raise UserError(
+            f"--resume {checkpoint} belongs to the run in {run}, not to --output {output}. Leave --output out to go on "
+            "there, or start anew from its weights: --weights PATH of a model.safetensors."
+        )
+    return run if output is None else Path(output)
 
 
 def refuse_other_run(folder: RunFolder, resume: str, config: str) -> None:

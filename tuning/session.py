@@ -9,11 +9,17 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    broadcast_object_list,
+)
 
 from tuning.errors import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -27,16 +33,24 @@ def start(precision: Precision | None, threads: int | Literal["auto"]) -> Accele
         threads: CPU threads per process, when training on a CPU.
 
     Raises:
-        UserError: a precision that this hardware would silently run as another.
+        UserError: a precision that this hardware would silently run as another, or a launcher that shards the model.
     """
     accelerator = Accelerator(
         mixed_precision=_ACCELERATE_NAMES[_checked_precision(precision)],
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # whatever the environment says
         kwargs_handlers=[
-            # find_unused_parameters would hide a parameter that never gets a gradient.
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            # find_unused_parameters would hide a parameter that never gets a gradient; buffers are averaged before
+            # they are used or saved (`tuning.agreement`), not overwritten with rank 0's at every forward pass.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ],
     )
+    if accelerator.distributed_type not in SUPPORTED:
+        raise UserError(
+            f"{accelerator.distributed_type.value} is not supported: stages would not be opened and closed correctly "
+            "under it. Use plain data parallelism (accelerate launch --multi_gpu)."
+        )
     if accelerator.device.type == "cpu":
+        keep_freed_memory()
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         # `accelerate launch` sets one thread where nobody asked for it.
         torch.set_num_threads(max(1, cpu_cores() // local_processes) if threads == "auto" else threads)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tuning.errors import UserError
 
 LARGEST_AUTO_MICRO_BATCH = 64
+SMALLEST_AUTO_MICRO_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ def plan_batch(batch_size: int, micro_batch: int | str, world_size: int, train_i
         )
     if micro_batch == "auto":
         micro = max(d for d in _divisors(share) if d <= LARGEST_AUTO_MICRO_BATCH)
+        if micro < SMALLEST_AUTO_MICRO_BATCH <= share:
+            raise UserError(
+                f"--batch-size {batch_size} leaves {share} images to each process, which divide only into forward "
+                f"passes of {micro}. Choose a --batch-size that is a multiple of {8 * world_size}, or --micro-batch."
+            )
     else:
         micro = int(micro_batch)
         if share % micro:

@@ -63,10 +63,11 @@ def make_summary(folder: RunFolder, best_by: str, facts: Mapping[str, Any]) -> d
 
 @contextmanager
 def failure_noted(folder: RunFolder, is_main: bool) -> Iterator[None]:
-    """Leave ``status: failed`` and the error in ``summary.json`` when the body raises."""
+    """Leave ``status: failed`` (``preempted`` after Ctrl-C) and the error in ``summary.json`` when the body raises."""
     try:
         yield
     except BaseException as error:
+        status = "preempted" if isinstance(error, KeyboardInterrupt) else "failed"
         if is_main:
-            folder.write_summary({"status": "failed", "error": f"{type(error).__name__}: {error}"})
+            folder.write_summary({"status": status, "error": f"{type(error).__name__}: {error}"})
         raise

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, WandBTracker
 from accelerate.utils import broadcast_object_list
 
+from tuning.command_line import Command, flat
 from tuning.engine import Step
 from tuning.errors import UserError
 from tuning.progress import Progress
@@ -92,11 +93,13 @@ class Curves:
         """One line of ``metrics.jsonl`` and one record of the tracker."""
         if self._file is None:
             return
-        record = {"step": step, "epoch": round(epoch, 6), "stage": stage, **values}
-        self._file.write(json.dumps(record) + "\n")
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+        record = {"step": step, "epoch": round(epoch, 6), "stage": stage, **finite}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         if self._tracker is not None:
-            self._tracker.log(record, step=step if self._tracker.name == "tensorboard" else None)
+            logged = {key: value for key, value in record.items() if value is not None}
+            self._tracker.log(logged, step=step if self._tracker.name == "tensorboard" else None)
 
     def finish(self, summary: Mapping[str, Any], plots: Path) -> None:
         """Hand the summary and the pictures in the folder *plots* to W&B; rank 0 only."""
@@ -136,6 +139,25 @@ def memory_gb() -> float:
     return float(psutil.Process().memory_info().rss) / 1e9
 
 
+def described(command: Command, accelerator: Accelerator) -> dict[str, Any]:
+    """What is trained, for the tracker: every flag, the stages as they were resolved, processes and precision."""
+    stages = {f"stage_{n}": str(vars(stage)) for n, stage in enumerate(command.stages)}
+    hardware = {"world_size": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision}
+    return {**flat(command.flags), **stages, **hardware}
+
+
+def check_tracker(name: TrackerName) -> None:
+    """Refuse a tracker whose package is not installed.
+
+    Raises:
+        UserError: names the package.
+    """
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise UserError(
+            f"--tracker {name}: the package {name} is not installed. pip install {name}, or --tracker none."
+        )
+
+
 def open_tracker(
     accelerator: Accelerator,
     name: TrackerName,
@@ -148,18 +170,11 @@ def open_tracker(
     """Accelerate's tracker for this run, started on rank 0. W&B without a login runs offline, without a question.
 
     Args:
-        config: flat flags, shown beside the curves.
+        config: what is trained, shown beside the curves.
         run_id: W&B id of the run to go on with; None for a new one.
-
-    Raises:
-        UserError: the tracker's package is not installed.
     """
     if name == "none":
         return None
-    if importlib.util.find_spec(name) is None:
-        raise UserError(
-            f"--tracker {name}: the package {name} is not installed. pip install {name}, or --tracker none."
-        )
     settings = {"wandb": _wandb_settings(folder, run_name, run_id)} if name == "wandb" else {}
     accelerator.project_configuration.set_directories(str(folder.path))
     accelerator.log_with = [name]

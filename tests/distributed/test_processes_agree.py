@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from ranks import run_ranks
+from recipe_runs import finetune_here
 from stage_runs import largest_difference, run_stages
 
 # A ViT without BatchNorm: statistics of small batches would rightly differ.
@@ -13,7 +15,9 @@ MODEL = ("--model", "test_vit", "--weights", "none", "--image-size", "32")
 STAGES = ("--freeze-epochs", "1", "--epochs", "2", "--unfreeze", "gradual", "--batch-size", "8", "--lr-ratio", "0.2")
 
 
-@pytest.mark.parametrize("optimizer", [("--optimizer", "adamw"), ("--optimizer", "sgd", "--lr", "0.05")])
+@pytest.mark.parametrize(
+    "optimizer", [("--optimizer", "adamw"), ("--optimizer", "sgd", "--lr", "0.05", "--clip-norm", "0")]
+)
 def test_two_processes_equal_one(photos: Path, optimizer: tuple[str, ...]) -> None:
     argv = ("--data", str(photos), *MODEL, *STAGES, *optimizer, "--label-smoothing", "0.1", "--augment", "medium")
     (alone,) = run_ranks(1, run_stages, *argv)
@@ -79,3 +83,12 @@ def test_cached_features_agree(photos: Path) -> None:
     assert largest_difference(first.states[1], alone.states[1]) < 1e-5
     assert first.metrics == second.metrics
     assert first.metrics[0]["top1"] == alone.metrics[0]["top1"]
+
+
+def test_statistics_agree_when_a_run_stops_inside_an_epoch(photos: Path, tmp_path: Path) -> None:
+    """BatchNorm in training mode, stopped after three of five steps: what is judged and saved is the mean of the ranks."""
+    model = ("--model", "test_efficientnet", "--weights", "none", "--image-size", "32", "--freeze-epochs", "0")
+    flags = ("--data", str(photos), *model, "--batch-size", "8", "--tracker", "none", "--max-steps", "3")
+    codes = run_ranks(2, finetune_here, *flags, "--output", str(tmp_path / "run"))
+    assert codes == [0, 0]
+    assert json.loads((tmp_path / "run/summary.json").read_text())["world_size"] == 2

@@ -196,6 +196,31 @@ def test_stages_from_a_preset(photos: Path, finetune: Run, tmp_path: Path) -> No
     assert "sgd, one-cycle" in done.stdout
 
 
+def test_model_keeps_the_size_of_the_stage_that_made_it(photos: Path, finetune: Run, tmp_path: Path) -> None:
+    preset = tmp_path / "large.yaml"
+    preset.write_text("stages:\n- {open: all, epochs: 1, image_size: 64, batch_size: 8}\n")
+    flags = ("--data", str(photos), "--model", "test_efficientnet", "--weights", "none", "--image-size", "32")
+    done = finetune(*flags, "--preset", str(preset), "--output", "run", "--tracker", "none")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/model/config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 64, 64]
+
+
+def test_resume_that_has_nothing_to_go_on_with(finished: Path, photos: Path, finetune: Run, tmp_path: Path) -> None:
+    flags = ("--data", str(photos), *SMALL, *STAGES)
+    nowhere = finetune(*flags, "--resume", "auto")
+    assert nowhere.returncode == 2
+    assert "--resume auto needs --output" in nowhere.stderr
+    before = (finished / "summary.json").read_bytes()
+    over = finetune(*flags, "--drop-rate", "0.1", "--resume", "auto", "--output", str(finished))
+    assert over.returncode == 0, over.stderr
+    assert "Nothing left to do" in over.stdout
+    assert (finished / "summary.json").read_bytes() == before
+    foreign = finetune(*flags, "--resume", str(finished / "checkpoints/step-00000010"), "--output", "other")
+    assert foreign.returncode == 2
+    assert "belongs to the run in" in foreign.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_two_processes_from_a_real_launcher(finished: Path, photos: Path, tmp_path: Path, launcher: str) -> None:
     recipe = str(ROOT / "recipes" / "finetune.py")
@@ -226,7 +251,7 @@ def test_demo_on_few_pictures(finetune: Run, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["train_images"] == 256
     assert summary["best"]["balanced_accuracy"] > 0.55
-    assert "features once" in done.stdout
+    assert "fitted head" in done.stdout
 
 
 @pytest.mark.slow

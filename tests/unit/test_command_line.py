@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 
 from tuning import command_line
 from tuning.coerce import field_types
-from tuning.command_line import NOT_IN_CONFIG, Command, check_flags, dump, flat, parse_command, resolve_stages
+from tuning.command_line import (
+    NEEDS,
+    NOT_IN_CONFIG,
+    ONLY_WITHOUT_STAGES,
+    Command,
+    check_flags,
+    dump,
+    flat,
+    parse_command,
+    resolve_stages,
+)
 from tuning.errors import UserError
 from tuning.flags import Flags
 from tuning.stages import Stage
@@ -282,3 +292,102 @@ def _parses_or_refuses(preset: Path) -> None:
     for stage in command.stages:
         assert 0 <= stage.factor(5)(3) <= 1
         stage.cut_cycle(5)
+
+
+# A value of every flag that needs another one, and is not its default.
+WITHOUT_EFFECT = {
+    "cycle_epochs": "2.0",
+    "cycle_mult": "3",
+    "cycle_decay": "0.5",
+    "step_epochs": "1.0",
+    "step_gamma": "0.2",
+    "lr_floor": "0.1",
+    "lr_batch": "128",
+}
+
+
+@pytest.mark.parametrize("key", NEEDS)
+def test_a_flag_that_needs_another_is_refused_without_it(key: str) -> None:
+    switch, allowed = NEEDS[key]
+    flag, other = f"--{key.replace('_', '-')}", f"--{switch.replace('_', '-')}"
+    without = {"schedule": "constant", "lr_scaling": "none"}[switch]
+    with pytest.raises(UserError) as caught:
+        parse("--data", "photos", other, without, flag, WITHOUT_EFFECT[key])
+    assert str(caught.value) == (
+        f"{flag} {WITHOUT_EFFECT[key]} has no effect with {other} {without}. "
+        f"Drop it, or choose {other} {' or '.join(allowed)}."
+    )
+    for value in allowed:
+        command = parse("--data", "photos", other, value, flag, WITHOUT_EFFECT[key])
+        assert str(flat(command.flags)[key]) == WITHOUT_EFFECT[key]
+    if ALL_FLAGS[key] is not None:
+        parse("--data", "photos", other, without, flag, str(ALL_FLAGS[key]))
+
+
+@pytest.mark.parametrize("key", ["cycle_mult", "lr_batch"])
+def test_the_same_under_listed_stages(preset: Path, key: str) -> None:
+    """What the stages themselves choose counts."""
+    argv = ("--preset", str(preset), f"--{key.replace('_', '-')}", WITHOUT_EFFECT[key])
+    preset.write_text("stages: [{open: head, epochs: 1}, {open: all, epochs: 1, schedule: constant}]\n")
+    with pytest.raises(UserError, match="has no effect with"):
+        parse(*argv)
+    preset.write_text("lr_scaling: sqrt\nstages: [{open: head, epochs: 1}, {open: all, epochs: 9, schedule: sgdr}]\n")
+    parse(*argv)
+
+
+TYPED = {"freeze_epochs": "7", "freeze_lr": "0.5", "epochs": "7", "unfreeze": "gradual"}
+
+
+@pytest.mark.parametrize("key", ONLY_WITHOUT_STAGES)
+def test_flags_that_describe_stages_are_refused_beside_a_list_of_them(preset: Path, key: str) -> None:
+    preset.write_text("stages: [{open: all, epochs: 1}]\n")
+    flag = f"--{key.replace('_', '-')}"
+    argv = [flag] if ALL_FLAGS[key] is False else [flag, TYPED[key]]
+    with pytest.raises(UserError) as caught:
+        parse("--preset", str(preset), *argv)
+    words = f"{flag} {TYPED.get(key, 'True')}: the stages listed in {preset} set that themselves."
+    assert str(caught.value) == words
+    if ALL_FLAGS[key] is not False:
+        parse("--preset", str(preset), flag, str(ALL_FLAGS[key]))
+
+
+@pytest.mark.parametrize("flag", [("--lr", "0.5"), ("--batch-size", "16"), ("--warmup-epochs", "0.2")])
+def test_a_flag_that_the_stages_of_the_demo_set_is_refused(flag: tuple[str, str]) -> None:
+    with pytest.raises(UserError, match=rf"{flag[0]} {flag[1]}: .*demo\.yaml set that themselves"):
+        parse(*flag)
+    parse(flag[0], str(ALL_FLAGS[flag[0][2:].replace("-", "_")]))
+
+
+def test_a_flag_that_no_stage_sets_reaches_them_all() -> None:
+    command = parse("--weight-decay", "0.3", "--seed", "5", "--schedule", "one-cycle")
+    assert command.flags.run.seed == 5
+    assert {(stage.weight_decay, stage.schedule) for stage in command.stages} == {(0.3, "one-cycle")}
+
+
+@pytest.mark.parametrize("key", ["preset", "config", "print_config", "print-config"])
+def test_flags_of_the_command_line_alone_are_unknown_in_a_file(preset: Path, key: str) -> None:
+    preset.write_text(f"{key}: demo\n")
+    with pytest.raises(UserError, match=rf"preset\.yaml has the unknown key '{key.replace('-', '_')}'"):
+        parse("--preset", str(preset))
+
+
+def test_frozen_statistics_without_weights_are_refused(preset: Path) -> None:
+    preset.write_text("weights: none\nstages: [{open: head, epochs: 1}, {name: b, open: all, epochs: 1, %s}]\n")
+    text = preset.read_text()
+    preset.write_text(text % "batch_norm: frozen")
+    with pytest.raises(
+        UserError, match=r"stage 'b': --batch-norm frozen with --weights none: .*Use --batch-norm train"
+    ):
+        parse("--preset", str(preset))
+    preset.write_text(text % "batch_norm: train")
+    assert [stage.batch_norm for stage in parse("--preset", str(preset)).stages] == ["train", "train"]
+    with pytest.raises(UserError, match="there are no statistics to keep"):
+        parse("--data", "photos", "--weights", "none", "--batch-norm", "frozen")
+
+
+def test_bounds_of_the_crop() -> None:
+    for value in (0.0, -0.5, 1.01, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"--crop-pct is .*; give a share in \(0, 1\]"):
+            check_flags(with_values(crop_pct=value))
+    for value in (None, 0.01, 1.0):
+        check_flags(with_values(crop_pct=value))

@@ -10,7 +10,7 @@ from torch import nn
 
 from tuning.depth import layer_ids, open_names, set_open
 from tuning.errors import UserError
-from tuning.groups import check_decay, decay_for_ratio, group_table, param_groups, set_lr, set_peak_lrs
+from tuning.groups import decay_for_ratio, param_groups, set_lr, set_peak_lrs
 
 FAMILIES = [
     "vit_tiny_patch16_224",
@@ -127,40 +127,6 @@ def test_bad_rates_are_refused(values: dict[str, float], flag: str) -> None:
         param_groups(nn.Linear(2, 2), **values)
 
 
-def test_a_layer_decay_without_effect_is_refused() -> None:
-    groups = param_groups(meta("resnet18"), lr=1e-3, layer_decay=0.5)
-    check_decay(groups, 0.5)
-    for group in groups:
-        group["peak_lr"] = 1e-3
-    with pytest.raises(UserError, match=r"all train at a learning rate of 0\.001"):
-        check_decay(groups, 0.5)
-    check_decay(groups, 1.0)
-    underflow = param_groups(meta("resnet18"), lr=1e-3, layer_decay=1e-200)
-    with pytest.raises(UserError, match="rate of 0"):
-        check_decay(underflow, 1e-200)
-    single = param_groups(nn.Linear(2, 2), lr=1e-3, layer_decay=0.5)
-    with pytest.raises(UserError, match="single depth"):
-        check_decay(single, 0.5)
+def test_a_ratio_needs_more_than_one_depth() -> None:
     with pytest.raises(UserError, match="single depth"):
         decay_for_ratio(nn.Linear(2, 2), 0.1)
-
-
-def test_closed_layers_do_not_count_in_the_check() -> None:
-    model = meta("resnet18")
-    groups = param_groups(model, lr=1e-3, layer_decay=0.5)
-    for group in groups[:-2]:
-        group["peak_lr"] = 1e-9
-    with pytest.raises(UserError, match="1e-09"):
-        check_decay(groups, 0.5)
-    set_open(model, open_names(model, "head"))
-    check_decay(groups, 0.5)
-
-
-def test_table_counts_open_parameters() -> None:
-    model = meta("resnet18")
-    set_open(model, open_names(model, "head"))
-    rows = group_table(param_groups(model, lr=1e-3, weight_decay=0.05))
-    assert sum(row[2] for row in rows) == sum(p.numel() for p in model.parameters())
-    assert sum(row[3] for row in rows) == 512 * 5 + 5
-    assert {row[3] for row in rows if row[0] != "layer9"} == {0}
-    assert ("layer9", 9, 512 * 5, 512 * 5, 1e-3, 0.05) in rows

@@ -24,14 +24,23 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def test_choose_takes_output() -> None:
-    assert choose("some/where", "resnet18", "cats", 0.0).path == Path("some/where")
+    assert choose("some/where", "never", "resnet18", "cats", 0.0).path == Path("some/where")
 
 
 def test_chosen_name_is_one_folder_whatever_the_model_is_called() -> None:
-    path = choose(None, "local-dir:/a/b", "hub/cats", 1e9).path
+    path = choose(None, "never", "local-dir:/a/b", "hub/cats", 1e9).path
     assert path.parent == Path("runs")
     assert path.name.endswith("-local-dir--a-b-hub-cats")
     assert ":" not in path.name
+
+
+def test_resume_names_the_run(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
+    assert choose(None, str(checkpoint), "m", "d", 0.0).path == tmp_path / "run"
+    with pytest.raises(UserError, match="belongs to the run in"):
+        choose("other", str(checkpoint), "m", "d", 0.0)
+    with pytest.raises(UserError, match="--resume auto needs --output"):
+        choose(None, "auto", "m", "d", 0.0)
 
 
 def test_create_can_be_repeated(run: RunFolder) -> None:

@@ -18,7 +18,9 @@ def test_auto_fills_every_batch_or_names_one_that_works(batch: int, world: int, 
         plan = plan_batch(batch, "auto", world, images)
     except UserError:
         plan = None
-    assert (plan is None) == (batch > images or batch % world > 0)
+    share = batch // world
+    awkward = share >= 8 and max((d for d in range(1, 65) if share % d == 0), default=1) < 8
+    assert (plan is None) == (batch > images or batch % world > 0 or awkward)
     if plan is None:
         return
     assert plan.micro_batch * plan.accumulation * world == batch <= images

@@ -64,8 +64,8 @@ def test_a_run_without_an_evaluation(folder: RunFolder) -> None:
     assert summary["final"] is None
 
 
-@pytest.mark.parametrize("error", [ValueError("bad"), KeyboardInterrupt()])
-def test_failures_are_noted_by_the_main_process(tmp_path: Path, error: BaseException) -> None:
+@pytest.mark.parametrize(("error", "status"), [(ValueError("bad"), "failed"), (KeyboardInterrupt(), "preempted")])
+def test_failures_are_noted_by_the_main_process(tmp_path: Path, error: BaseException, status: str) -> None:
     run = RunFolder(tmp_path)
     with pytest.raises(type(error)), failure_noted(run, is_main=False):
         raise error
@@ -73,7 +73,7 @@ def test_failures_are_noted_by_the_main_process(tmp_path: Path, error: BaseExcep
     with pytest.raises(type(error)), failure_noted(run, is_main=True):
         raise error
     noted = json.loads((tmp_path / "summary.json").read_text())
-    assert noted["status"] == "failed"
+    assert noted["status"] == status
     assert type(error).__name__ in noted["error"]
 
 

@@ -14,6 +14,7 @@ from tuning.data.images import UnreadableImage, decode
 from tuning.data.sampling import EvalOrder, Item, TrainOrder
 from tuning.data.sources import image_name
 from tuning.data.transforms import Crop, Normalise, crop_seed, random_flips
+from tuning.errors import UserError
 
 REPLACEMENT_TRIES = 20
 
@@ -129,14 +130,16 @@ class _EvalBatches:
         return self.order.micro_batches()
 
 
-def _loader(pictures: Pictures, batches: Any, workers: int, device: torch.device) -> DataLoader[Batch]:
+def _loader(
+    pictures: Pictures, batches: Any, workers: int, device: torch.device, *, keep_workers: bool
+) -> DataLoader[Batch]:
     return DataLoader(
         pictures,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_as_is,
         pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
+        persistent_workers=keep_workers and workers > 0,
     )
 
 
@@ -164,13 +167,18 @@ class TrainFeed:
         self._normalise, self._flip, self._device = normalise, flip, device
         self._batches = _EpochBatches(order)
         pictures = Pictures(rows, crop, augment, order.seed, replace_unreadable=True)
-        self._loader = _loader(pictures, self._batches, workers, device)
+        self._loader = _loader(pictures, self._batches, workers, device, keep_workers=True)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Micro]:
         """The micro-batches of an epoch from optimizer step *first_step* on."""
         self._batches.epoch, self._batches.first_step = epoch, first_step
         for batch in self._loader:
             self.unreadable.update(batch.unreadable)
+            if len(batch.unreadable) >= REPLACEMENT_TRIES * len(batch.labels):
+                raise UserError(
+                    f"none of {len(batch.unreadable)} training pictures in a row could be read; the last: "
+                    f"{batch.unreadable[-1]}"
+                )
             yield self._to_device(batch)
 
     def _to_device(self, batch: Batch) -> Micro:
@@ -188,7 +196,7 @@ class EvalFeed:
         self.order, self.unreadable = order, set[str]()
         self._normalise, self._device = normalise, device
         pictures = Pictures(rows, crop, "none", 0, replace_unreadable=False)
-        self._loader = _loader(pictures, _EvalBatches(order), workers, device)
+        self._loader = _loader(pictures, _EvalBatches(order), workers, device, keep_workers=False)
 
     def __iter__(self) -> Iterator[Micro]:
         for batch in self._loader:

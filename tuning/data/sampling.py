@@ -33,7 +33,8 @@ class Item(NamedTuple):
 
 def epoch_order(images: int, seed: int, epoch: int) -> Rows:
     """Permutation of ``range(images)`` for one epoch."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(images)
+    order: Rows = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(images)
+    return order
 
 
 def uniform(seed: int, epoch: int, index: np.ndarray, stream: int) -> np.ndarray:
@@ -52,14 +53,14 @@ def uniform(seed: int, epoch: int, index: np.ndarray, stream: int) -> np.ndarray
     return (state >> np.uint64(11)).astype(np.float64) / 2**53
 
 
-def _mix(z: np.ndarray) -> np.ndarray:
+def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
 def step_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
-    """Seed of torch's generators for one forward pass (dropout, drop-path), in [0, 2^63)."""
+    """Seed of torch's generators for one forward pass (dropout, drop-path), in [0, 2^53)."""
     return int(uniform(seed, step, np.array([rank]), stream=1_000 + micro_step)[0] * 2**53)
 
 

@@ -37,7 +37,7 @@ class Crop:
     def center(self, image: Tensor) -> Tensor:
         """Evaluation: shorter side to ``size / crop_pct``, then the centre. ``(H, W, 3)`` -> ``(3, size, size)``."""
         scaled = F.resize(_planes(image), [math.floor(self.size / self.crop_pct)], self._mode, antialias=True)
-        return F.center_crop(scaled, [self.size, self.size])
+        return F.center_crop(scaled, [self.size, self.size])  # type: ignore[no-any-return]
 
     def random(self, image: Tensor, strength: str, seed: int) -> Tensor:
         """Training: a random part of the picture (Szegedy et al. 2015). ``(H, W, 3)`` -> ``(3, size, size)``.

@@ -1,0 +1,116 @@
+"""`--head-init fitted` in the recipe: a good head before the first step, kept when nothing is better, fitted once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from recipe_runs import Run, run_forked
+from safetensors.torch import load_file
+
+SMALL = ("--model", "test_vit", "--weights", "none", "--image-size", "32", "--batch-size", "8", "--workers", "0")
+FITTED = (*SMALL, "--head-init", "fitted", "--tracker", "none", "--output", "run", "--log-every", "3")
+STAGES = ("--freeze-epochs", "1", "--epochs", "1", "--drop-rate", "0.1")
+COLOURS = {"blue": (60, 60, 160), "green": (60, 160, 60), "red": (160, 60, 60)}
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Classes that differ in colour, under noise: 12 training and 6 evaluation pictures each."""
+    root, generator = tmp_path_factory.mktemp("coloured"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 6)):
+        for name, colour in COLOURS.items():
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.clip(generator.normal(colour, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    return root
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """Without what depends on the clock."""
+    lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in lines if "stage/name" not in r]
+
+
+@pytest.fixture(scope="module")
+def finished(coloured: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    done = run_forked(home, "--data", str(coloured), *FITTED, *STAGES)
+    assert done.returncode == 0, done.stderr
+    (home / "stdout.txt").write_text(done.stdout)
+    return home / "run"
+
+
+def test_it_is_judged_before_the_first_step(finished: Path) -> None:
+    first, second, *_ = records(finished)
+    assert (first["step"], first["epoch"], first["stage"]) == (0, 0, 0)
+    assert first["eval/images"] == 18
+    assert first["eval/balanced_accuracy"] > 0.8
+    assert second["step"] == 1
+    assert "train/loss" in second
+    assert [r["step"] for r in records(finished) if "eval/loss" in r] == [0, 5, 10]
+    (line,) = [line for line in (finished.parent / "stdout.txt").read_text().splitlines() if "fitted head" in line]
+    assert f"balanced_accuracy {first['eval/balanced_accuracy']:.4f}" in line
+
+
+def test_training_goes_on_from_it(finished: Path, coloured: Path, finetune: Run, tmp_path: Path) -> None:
+    """The first loss is that of the fitted head, not of a fresh one."""
+    fresh = [flag for flag in FITTED if flag not in ("--head-init", "fitted")]
+    done = finetune("--data", str(coloured), *fresh, *STAGES)
+    assert done.returncode == 0, done.stderr
+    assert records(finished)[1]["train/loss"] < 0.7 * records(tmp_path / "run")[0]["train/loss"]
+
+
+@pytest.mark.parametrize("cached", [(), ("--cache-features",)])
+def test_it_is_kept_when_training_makes_it_worse(
+    coloured: Path, finetune: Run, tmp_path: Path, cached: tuple[str, ...]
+) -> None:
+    ruinous = ("--freeze-epochs", "1", "--freeze-lr", "1", "--epochs", "0", "--label-smoothing", "0.9")
+    done = finetune("--data", str(coloured), *FITTED, *ruinous, *cached, "--best-by", "loss")
+    assert done.returncode == 0, done.stderr
+    first, *_, last = [r for r in records(tmp_path / "run") if "eval/loss" in r]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["best"]["loss"] == first["eval/loss"] < last["eval/loss"]
+    model = timm.create_model(f"local-dir:{tmp_path / 'run/model'}", pretrained=True).eval()
+    assert accuracy(model, coloured / "val") == pytest.approx(first["eval/top1"], abs=1 / 18 + 1e-6)
+    trained = load_file(tmp_path / "run/checkpoints/step-00000005/model.safetensors")
+    assert not torch.equal(trained["head.weight"], model.state_dict()["head.weight"])
+
+
+def accuracy(model: torch.nn.Module, folder: Path) -> float:
+    from timm.data import create_transform, resolve_data_config
+
+    transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
+    files = sorted(folder.glob("*/*"))
+    with torch.inference_mode():
+        found = model(torch.stack([transform(Image.open(file)) for file in files])).argmax(1)
+    hits = [sorted(COLOURS)[n] == file.parent.name for n, file in zip(found, files, strict=True)]
+    return sum(hits) / len(hits)
+
+
+@pytest.mark.parametrize("stop", ["2", "5", "7"])
+def test_a_resumed_run_does_not_fit_again(
+    finished: Path, coloured: Path, finetune: Run, tmp_path: Path, stop: str
+) -> None:
+    flags = ("--data", str(coloured), *FITTED, *STAGES)
+    assert finetune(*flags, "--max-steps", stop).returncode == 0
+    second = finetune(*flags, "--resume", "auto")
+    assert second.returncode == 0, second.stderr
+    assert "fitted head" not in second.stdout
+    run = tmp_path / "run"
+    # The stopped run was judged once more, where it stopped.
+    expected = records(finished)
+    assert [r for r in records(run) if r in expected] == expected
+    assert {r["step"] for r in records(run) if r not in expected} <= {int(stop)}
+    last = "checkpoints/step-00000010/model.safetensors"
+    resumed, uninterrupted = load_file(run / last), load_file(finished / last)
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
+    best, its_best = (json.loads((folder / "summary.json").read_text())["best"] for folder in (run, finished))
+    assert best["balanced_accuracy"] >= its_best["balanced_accuracy"]

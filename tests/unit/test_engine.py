@@ -1,0 +1,211 @@
+"""The step itself: normalisation, clipping, the scaler, frozen parts, and what must not happen inside it."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+
+from tuning.clipping import clipping
+from tuning.data.loader import FeatureFeed
+from tuning.data.sampling import TrainOrder
+from tuning.engine import Step, train_steps
+from tuning.entering import Entered, enter_stage
+from tuning.losses import cross_entropy
+from tuning.plan import make_plan
+from tuning.progress import Progress
+from tuning.run_folder import RunFolder
+from tuning.sizes import plan_batch
+from tuning.stages import Stage, standard_stages
+from tuning.track import Curves
+
+IMAGES, CLASSES, SIZE = 13, 3, 32
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def stage(**changes: object) -> Stage:
+    base = Stage(
+        name="all", open="all", epochs=1, lr=0.1, lr_ratio=1.0, layer_decay=None, optimizer="sgd", momentum=0.0,
+        weight_decay=0.0, schedule="constant", warmup_epochs=0, cycle_epochs=None, cycle_mult=2, cycle_decay=1.0,
+        step_epochs=None, step_gamma=0.1, lr_floor=0.0, batch_size=4, image_size=None, batch_norm="frozen",
+        augment="none", cache_features=False,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def pictures() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(IMAGES, 3, SIZE, SIZE, generator=generator), torch.randint(
+        0, CLASSES, (IMAGES,), generator=generator
+    )
+
+
+def network(name: str = "test_vit") -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=CLASSES, **({"img_size": SIZE} if "vit" in name else {}))
+
+
+def enter(accelerator: Accelerator, model: nn.Module, chosen: Stage, micro: int) -> tuple[Entered, FeatureFeed]:
+    (planned,) = make_plan([chosen], model, train_images=IMAGES, world_size=1, micro_batch=micro, image_size=SIZE)
+    order = TrainOrder(IMAGES, 0, plan_batch(chosen.batch_size, micro, 1, IMAGES), 0)
+    return enter_stage(accelerator, model, planned), FeatureFeed(*pictures(), order, set())
+
+
+def train(model: nn.Module, chosen: Stage, micro: int, clip_norm: float = 0.0) -> list[Step]:
+    accelerator = Accelerator()
+    entered, feed = enter(accelerator, model, chosen, micro)
+    steps = train_steps(accelerator, entered, feed, cross_entropy(), clipping(clip_norm, None, None), Progress(), 0)
+    return list(steps)
+
+
+def plain_loop(model: nn.Module, chosen: Stage) -> list[float]:
+    """The same epoch written out: the mean loss over each step's images, plain SGD."""
+    images, labels = pictures()
+    order = TrainOrder(IMAGES, 0, plan_batch(chosen.batch_size, chosen.batch_size, 1, IMAGES), 0)
+    losses = []
+    model.train()
+    for items in order.micro_batches(0):
+        rows = torch.tensor([item.row for item in items if item.weight])
+        loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter -= chosen.lr * gradient
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_every_step_is_the_mean_over_its_images(micro: int) -> None:
+    """13 images in steps of 4: the last step has one image, whatever the micro-batch."""
+    model = network()
+    reference = copy.deepcopy(model)
+    losses = plain_loop(reference, stage())
+    steps = train(model, stage(), micro)
+    assert [step.images for step in steps] == [4, 4, 4, 1]
+    assert [float(step.loss) for step in steps] == pytest.approx(losses, abs=1e-5)
+    for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_clipping_once_per_step_and_norm_before_it() -> None:
+    model, free = network(), network()
+    unclipped = train(free, stage(epochs=1), 2)
+    clipped = train(model, stage(epochs=1), 2, clip_norm=1e-3)
+    assert float(clipped[0].grad_norm) == pytest.approx(float(unclipped[0].grad_norm), rel=1e-4)
+    assert float(clipped[0].grad_norm) > 1e-2
+    fresh = network()
+    moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), fresh.parameters(), strict=True)]).norm()
+    assert float(moved) <= 0.1 * 1e-3 * len(clipped) * 1.01
+
+
+def test_scaler_skips_and_counts_infinite_gradients(tmp_path: Path) -> None:
+    """A real GradScaler around the engine: one step's loss overflows; the update is left out, the next ones go on."""
+    model = network()
+    accelerator = Accelerator()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+    entered, feed = enter(accelerator, model, stage(), 2)
+    assert entered.optimizer.scaler is accelerator.scaler  # type: ignore[attr-defined]
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    calls = iter(range(100))
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        factor = float("inf") if next(calls) == 3 else 1.0  # second step, second micro-batch
+        return cross_entropy()(logits, labels) * factor
+
+    folder, progress, states = RunFolder(tmp_path), Progress(), [copy.deepcopy(model.state_dict())]
+    curves = Curves(accelerator, folder, None, every=1000)
+    norms = []
+    for step in train_steps(accelerator, entered, feed, loss, clipping(0.0, None, None), progress, 0):
+        states.append(copy.deepcopy(model.state_dict()))
+        norms.append(float(step.grad_norm))
+        if step.step != 2:
+            curves.add(step, progress)
+        else:
+            curves._steps.append((step.__class__(**{**vars(step), "loss": torch.zeros(())}), 0))
+    curves.flush(progress)
+    moved = [any(not torch.equal(a[k], b[k]) for k in a) for a, b in pairwise(states)]
+    assert moved == [True, False, True, True]
+    assert progress.skipped == 1
+    assert accelerator.scaler.get_scale() == 2.0**9
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plain = train(network(), stage(), 2)
+    assert norms[0] == pytest.approx(float(plain[0].grad_norm), rel=1e-4), "the norm is that of unscaled gradients"
+
+
+def test_closed_part_rests_and_keeps_no_gradients() -> None:
+    model = network("test_efficientnet")
+    (head_stage, *_) = standard_stages(stage(batch_norm="train"), 1, 0.1, "all")
+    entered, feed = enter(Accelerator(), model, head_stage, 2)
+    assert [
+        name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d) and module.training
+    ] == []
+    for _ in train_steps(Accelerator(), entered, feed, cross_entropy(), clipping(0.0, None, None), Progress(), 0):
+        assert entered.trained.training
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"classifier"}
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_fused_optimizer_and_channels_last_inputs() -> None:
+    from tuning.data.transforms import Normalise
+
+    entered, _ = enter(Accelerator(), network(), stage(optimizer="adamw"), 2)
+    assert entered.optimizer.param_groups[0]["fused"] is True
+    inputs = Normalise((0.5,) * 3, (0.5,) * 3)(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_nothing_in_the_step_waits_for_the_device() -> None:
+    """No `.item()`, `.tolist()`, `.cpu()` or `float(...)` in the engine or in the loss and clipping it calls."""
+    waiting = {"item", "tolist", "cpu", "numpy", "synchronize"}
+    for module in ("engine", "losses", "clipping"):
+        tree = ast.parse((ROOT / "tuning" / f"{module}.py").read_text())
+        calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        assert not [c.attr for c in calls if isinstance(c, ast.Attribute) and c.attr in waiting], module
+        if module == "engine":
+            assert not [c for c in calls if isinstance(c, ast.Name) and c.id == "float"]
+
+
+def test_training_mode_returns_after_an_evaluation_between_steps() -> None:
+    model = network()
+    accelerator = Accelerator()
+    entered, feed = enter(accelerator, model, stage(epochs=2), 2)
+    modes = []
+    for step in train_steps(accelerator, entered, feed, cross_entropy(), clipping(0.0, None, None), Progress(), 0):
+        modes.append(model.training)
+        if step.ends_epoch:
+            model.eval()
+    assert all(modes)
+
+
+def test_break_and_go_on_is_the_same_run() -> None:
+    """`break` at any step, then a new generator from the same progress."""
+    whole = network()
+    train(whole, stage(epochs=2), 2)
+    model, accelerator, progress = network(), Accelerator(), Progress()
+    entered, feed = enter(accelerator, model, stage(epochs=2), 2)
+    clip = clipping(0.0, None, None)
+    while progress.stage_step < 8:
+        for step in train_steps(accelerator, entered, feed, cross_entropy(), clip, progress, 0):
+            if step.step % 3 == 0:
+                break
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
