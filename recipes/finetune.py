@@ -86,7 +86,7 @@ def finetune(command: Command) -> None:
     # 4. Where we are: at the start, or where an earlier run stopped.
     progress = found.progress if found else Progress()
     earlier_seconds, last_step = progress.seconds, min(sum(p.steps for p in plan), run.max_steps or 2**63)
-    if progress.step >= last_step:
+    if progress.step >= last_step and folder.summary.exists():
         speaker.say(f"Nothing left to do: the run in {folder.path} has made its {progress.step:,} steps.")
         return
     accelerator.wait_for_everyone()  # all have looked at the folder before rank 0 writes into it
@@ -110,7 +110,7 @@ def finetune(command: Command) -> None:
     class_weights = balanced_weights(label_array(data.train), classes).to(accelerator.device) if balanced else None
     loss = cross_entropy(regularisation.label_smoothing, class_weights)
     clip = clipping(flags.optimisation.clip_norm, flags.optimisation.clip_value, flags.optimisation.clip_agc)
-    workers = session.loader_workers(flags.batch.workers)
+    workers = session.loader_workers(accelerator, flags.batch.workers)
 
     def judge(feeds: StageFeeds, planned: StagePlan, stage: str, epoch: float) -> None:
         """Evaluate, and keep the weights if they are the best so far."""

@@ -63,7 +63,8 @@ class BatchFlags:
     micro_batch: int | Literal["auto"] = "auto"
     """Images per forward pass per process. auto = the largest divisor of a process's share that is at most 64."""
     workers: int | Literal["auto"] = "auto"
-    """Loader processes per training process. auto = CPU cores per training process less one, 1 to 8; 0 = none."""
+    """Loader processes per training process; 0 = none. auto = CPU cores per training process less one, 1 to 8; none
+    when training itself runs on two CPU cores or fewer."""
 
 
 @dataclass(frozen=True)

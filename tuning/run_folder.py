@@ -40,6 +40,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def summary(self) -> Path:
+        """How the run ended; absent while it runs."""
+        return self.path / SUMMARY
+
+    @property
     def plots(self) -> Path:
         """PNG pictures."""
         return self.path / "plots"
@@ -47,12 +52,12 @@ class RunFolder:
     def create(self, config: str) -> None:
         """Make the folder and write ``config.yaml``."""
         self.plots.mkdir(parents=True, exist_ok=True)
-        (self.path / SUMMARY).unlink(missing_ok=True)  # of the part of the run before this one
+        self.summary.unlink(missing_ok=True)  # of the part of the run before this one
         write_atomically(self.path / CONFIG, config)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``, replacing an earlier one as a whole."""
-        write_atomically(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        write_atomically(self.summary, json.dumps(summary, indent=1) + "\n")
 
 
 def choose(output: str | None, resume: str, model: str, data: str, now: float) -> RunFolder:

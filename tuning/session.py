@@ -79,11 +79,17 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def loader_workers(workers: int | Literal["auto"]) -> int:
-    """Loader processes of this training process: as asked, or the cores beside the one that trains, 1 to 8."""
+def loader_workers(accelerator: Accelerator, workers: int | Literal["auto"]) -> int:
+    """Loader processes of this training process: as asked, or the cores beside the one that trains, 1 to 8.
+
+    None where training itself keeps two CPU cores or fewer busy: a third process would only take turns with it.
+    """
     if workers != "auto":
         return workers
-    return min(8, max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+    cores = cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if accelerator.device.type == "cpu" and cores <= 2:
+        return 0
+    return min(8, max(1, cores - 1))
 
 
 def keep_freed_memory() -> None:

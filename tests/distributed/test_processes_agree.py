@@ -86,7 +86,7 @@ def test_cached_features_agree(photos: Path) -> None:
 
 
 def test_statistics_agree_when_a_run_stops_inside_an_epoch(photos: Path, tmp_path: Path) -> None:
-    """BatchNorm in training mode, stopped after three of five steps: what is judged and saved is the mean of the ranks."""
+    """BatchNorm in training mode, stopped after three of five steps: the mean of the ranks is judged and saved."""
     model = ("--model", "test_efficientnet", "--weights", "none", "--image-size", "32", "--freeze-epochs", "0")
     flags = ("--data", str(photos), *model, "--batch-size", "8", "--tracker", "none", "--max-steps", "3")
     codes = run_ranks(2, finetune_here, *flags, "--output", str(tmp_path / "run"))
