@@ -3,7 +3,7 @@
     python -m tests.benchmarks.linear_probe --seeds 0 1 2 --image-size 128
 
 Prints balanced accuracy and accuracy on the held-out part for scikit-learn's LogisticRegression on standardised pooled
-features of tf_efficientnet_lite0 (full image, bicubic), its C chosen by cross-validated balanced accuracy on the training part.
+features of tf_efficientnet_lite0 (full image, bicubic), its C chosen by cross-validated balanced accuracy.
 """
 
 from __future__ import annotations
