@@ -14,7 +14,7 @@ import numpy as np
 from accelerate import Accelerator
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -79,7 +79,7 @@ def probe(data: Data, features: dict[str, np.ndarray], weighting: str | None) ->
         make_pipeline(StandardScaler(), regression),
         {"logisticregression__C": CHOICES_OF_C},
         scoring="balanced_accuracy",
-        cv=5,
+        cv=StratifiedKFold(5, shuffle=True, random_state=0),  # the photos are ordered by the module they show
     )
     fitted = search.fit(inputs[0], label_array(data.train))
     guessed, labels = fitted.predict(inputs[1]), label_array(data.eval)
