@@ -81,6 +81,8 @@ def choose(output: str | None, resume: str, model: str, data: str, now: float) -
 
 
 def _run_of_checkpoint(checkpoint: Path, output: str | None) -> Path:
+    if not checkpoint.is_dir():
+        raise UserError(f"--resume {checkpoint}: there is no such checkpoint. Use --resume auto for the newest one.")
     run = checkpoint.resolve().parent.parent
     if output is not None and Path(output).resolve() != run:
         raise UserError(

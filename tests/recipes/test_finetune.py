@@ -198,8 +198,8 @@ def test_stages_from_a_preset(photos: Path, finetune: Run, tmp_path: Path) -> No
 
 def test_model_keeps_the_size_of_the_stage_that_made_it(photos: Path, finetune: Run, tmp_path: Path) -> None:
     preset = tmp_path / "large.yaml"
-    preset.write_text("stages:\n- {open: all, epochs: 1, image_size: 64, batch_size: 8}\n")
-    flags = ("--data", str(photos), "--model", "test_efficientnet", "--weights", "none", "--image-size", "32")
+    preset.write_text("image_size: 32\nstages:\n- {open: all, epochs: 1, image_size: 64, batch_size: 8}\n")
+    flags = ("--data", str(photos), "--model", "test_efficientnet", "--weights", "none")
     done = finetune(*flags, "--preset", str(preset), "--output", "run", "--tracker", "none")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run/model/config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 64, 64]

@@ -346,12 +346,13 @@ def test_flags_that_describe_stages_are_refused_beside_a_list_of_them(preset: Pa
     with pytest.raises(UserError) as caught:
         parse("--preset", str(preset), *argv)
     words = f"{flag} {TYPED.get(key, 'True')}: the stages listed in {preset} set that themselves."
-    assert str(caught.value) == words
+    assert str(caught.value).startswith(words)
+    assert "give it as --preset" in str(caught.value)
     if ALL_FLAGS[key] is not False:
         parse("--preset", str(preset), flag, str(ALL_FLAGS[key]))
 
 
-@pytest.mark.parametrize("flag", [("--lr", "0.5"), ("--batch-size", "16"), ("--warmup-epochs", "0.2")])
+@pytest.mark.parametrize("flag", [("--lr", "0.5"), ("--epochs", "4")])
 def test_a_flag_that_the_stages_of_the_demo_set_is_refused(flag: tuple[str, str]) -> None:
     with pytest.raises(UserError, match=rf"{flag[0]} {flag[1]}: .*demo\.yaml set that themselves"):
         parse(*flag)

@@ -36,6 +36,9 @@ def test_chosen_name_is_one_folder_whatever_the_model_is_called() -> None:
 
 def test_resume_names_the_run(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
+    with pytest.raises(UserError, match="there is no such checkpoint"):
+        choose(None, str(checkpoint), "m", "d", 0.0)
+    checkpoint.mkdir(parents=True)
     assert choose(None, str(checkpoint), "m", "d", 0.0).path == tmp_path / "run"
     with pytest.raises(UserError, match="belongs to the run in"):
         choose("other", str(checkpoint), "m", "d", 0.0)
