@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -175,7 +176,8 @@ def open_tracker(
     """
     if name == "none":
         return None
-    settings = {"wandb": _wandb_settings(folder, run_name, run_id)} if name == "wandb" else {}
+    starts = name == "wandb" and accelerator.is_main_process
+    settings = {"wandb": _wandb_settings(folder, run_name, run_id)} if starts else {}
     accelerator.project_configuration.set_directories(str(folder.path))
     accelerator.log_with = [name]
     shown = {key: "None" if value is None else value for key, value in config.items()}
@@ -193,14 +195,24 @@ def tracker_id(accelerator: Accelerator, tracker: GeneralTracker | None) -> str 
 
 
 def _wandb_settings(folder: RunFolder, run_name: str | None, run_id: str | None) -> dict[str, Any]:
-    import wandb
-
     os.environ.setdefault("WANDB_SILENT", "true")
-    without_login = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
+    offline = "WANDB_MODE" not in os.environ and not _logged_in()
     return {
         "dir": str(folder.path),
         "name": run_name or folder.path.resolve().name,
         "id": run_id,
         "resume": "allow" if run_id else None,
-        "mode": "offline" if without_login else None,
+        "mode": "offline" if offline else None,
     }
+
+
+def _logged_in() -> bool:
+    """Whether W&B takes this run online; False without a login, and where it can't be reached or refuses the key."""
+    import wandb
+
+    try:
+        return bool(wandb.login(prompt=False))
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        print(f"note: W&B runs offline ({reason}); wandb sync uploads the run later.", file=sys.stderr)
+        return False

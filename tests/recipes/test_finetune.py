@@ -167,6 +167,15 @@ def test_dry_run_draws_the_schedule_and_stops(photos: Path, finetune: Run, tmp_p
     assert again.returncode == 0, again.stderr
 
 
+def test_a_wandb_key_that_does_not_work_leaves_the_run_offline(photos: Path, tmp_path: Path) -> None:
+    """No network, or a key that is refused: the run goes on, says so, and can be uploaded later."""
+    flags = ("--data", str(photos), *SMALL, "--freeze-epochs", "0", "--epochs", "1", "--output", "run")
+    done = run_forked(tmp_path, *flags, environment={"WANDB_MODE": None, "WANDB_API_KEY": "0" * 40})
+    assert done.returncode == 0, done.stderr
+    assert "W&B runs offline" in done.stderr
+    assert list((tmp_path / "run/wandb").glob("offline-run-*"))
+
+
 def test_tensorboard(photos: Path, finetune: Run, tmp_path: Path) -> None:
     done = finetune("--data", str(photos), *SMALL, *STAGES, "--output", "run", "--tracker", "tensorboard")
     assert done.returncode == 0, done.stderr
@@ -263,5 +272,6 @@ def test_demo_beats_a_linear_probe_in_two_minutes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "runs").iterdir()
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["final"]["balanced_accuracy"] > 0.79
+    linear_probe = 0.7796  # python -m tests.benchmarks.linear_probe --seeds 0 --image-size 128
+    assert summary["final"]["balanced_accuracy"] >= linear_probe + 0.015
     assert summary["seconds"] < 120
