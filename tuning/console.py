@@ -130,7 +130,8 @@ class Speaker:
             shown = "".join(f"\n  {name}" for name in names[:10])
             more = f"\n  and {len(names) - 10} more" if len(names) > 10 else ""
             self.say(
-                f"warning: {len(names)} pictures could not be read; training took others in their place:{shown}{more}"
+                f"warning: {len(names)} pictures could not be read; training took others in their place, evaluation "
+                f"left them out:{shown}{more}"
             )
 
     def say_finished(self, summary: Mapping[str, Any], folder: RunFolder, tracker: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -212,6 +213,19 @@ def test_model_keeps_the_size_of_the_stage_that_made_it(photos: Path, finetune: 
     done = finetune(*flags, "--preset", str(preset), "--output", "run", "--tracker", "none")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run/model/config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 64, 64]
+
+
+def test_broken_pictures_are_replaced_left_out_and_named(photos: Path, finetune: Run, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(photos, broken)
+    for path in ("train/cat/000.jpg", "val/dog/000.jpg"):
+        (broken / path).write_bytes((broken / path).read_bytes()[:100])
+    done = finetune("--data", str(broken), *SMALL, *STAGES, "--output", "run", "--tracker", "none")
+    assert done.returncode == 0, done.stderr
+    for path in ("train/cat/000.jpg", "val/dog/000.jpg"):
+        (line,) = {line for line in done.stdout.splitlines() if path in line}
+        assert line.count(path) == 1
+    assert [r["eval/images"] for r in records(tmp_path / "run") if "eval/images" in r] == [10, 10, 10]
 
 
 def test_resume_that_has_nothing_to_go_on_with(finished: Path, photos: Path, finetune: Run, tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ class Pictures(Dataset[Batch]):
             try:
                 return self._cut(decode(_source(row), min_side=self.crop.size), item), int(row["label"])
             except UnreadableImage as error:
-                unreadable.append(f"{image_name(row)}: {error}")
+                name, reason = image_name(row), str(error)
+                unreadable.append(reason if reason.startswith(name) else f"{name}: {reason}")
         return None, int(row["label"])
 
     def _cut(self, picture: Tensor, item: Item) -> Tensor:
