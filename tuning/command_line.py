@@ -4,37 +4,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
+import errno
+import functools
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tuning.coerce import coerce, field_types
+from tuning import interrupts, launcher
+from tuning.checks import check_flags, flat, refuse_without_effect
+from tuning.coerce import coerce, field_types, read_yaml, shown
+from tuning.echoes import RESUME, ProcessLost, first_error
 from tuning.errors import UserError, did_you_mean
 from tuning.flags import Flags
 from tuning.sizes import scaled_lr
 from tuning.stages import Stage, check_stage, read_stages, standard_stages
 
 # Where a run goes and whether it runs is not part of what it is: config.yaml leaves these out.
-NOT_IN_CONFIG = ("output", "run_name", "resume", "dry_run", "preset", "config", "print_config")
+NOT_IN_CONFIG = ("output", "run_name", "resume", "stop_after", "dry_run", "preset", "config", "print_config")
 COMMAND_LINE_ONLY = ("preset", "config", "print_config")
 DEMO_PRESET = "demo"
-
-
-ONLY_WITHOUT_STAGES = ("freeze_epochs", "freeze_lr", "cache_features", "epochs", "unfreeze")
-NEEDS = {  # flag: what another flag must be for it to have an effect
-    "cycle_epochs": ("schedule", ("sgdr", "triangular")),
-    "cycle_mult": ("schedule", ("sgdr",)),
-    "cycle_decay": ("schedule", ("sgdr",)),
-    "step_epochs": ("schedule", ("step",)),
-    "step_gamma": ("schedule", ("step",)),
-    "lr_floor": ("schedule", ("cosine", "sgdr", "triangular")),
-    "lr_batch": ("lr_scaling", ("linear", "sqrt")),
-}
 
 
 @dataclass(frozen=True)
@@ -58,27 +49,67 @@ Recipe = Callable[[Command], None]
 def run_recipe(recipe: Recipe, name: str, presets: Path) -> NoReturn:
     """Parse the command line, call the recipe and end the process.
 
-    Exit status: 0 done; 2 the user must change something (message on stderr, no traceback); 75 stopped by Ctrl-C; 1 a
-    defect (traceback).
+    Exit status: 0 done; 2 the user must change something (message on stderr, no traceback); 75 stopped on request and
+    resumable; 1 a defect (traceback), or another process failed (message). Under a launcher with ``--max-restarts`` a
+    stop on request ends with 0 instead, because the launcher would take 75 for a failure and start the run again.
 
     Args:
         recipe: does the work; its docstring is the description in ``--help``.
         name: shown in ``--help``, such as ``recipes/finetune.py``.
         presets: folder of the presets that ``--preset NAME`` can name.
     """
+    interrupts.listen()
+    launcher.end_with_launcher()
     try:
         command = parse_command(sys.argv[1:], name, recipe.__doc__ or "", presets)
         if command.flags.run.print_config:
             print(command.config, end="")
         else:
-            _recorded(recipe)(command)
+            _recorded(_explained(recipe))(command)
     except UserError as error:
         _report(error)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C; --resume auto --output FOLDER goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(75)
+    except ProcessLost as error:
+        _say(f"error (process {_rank()}): {error}")
+        sys.exit(1)
+    except KeyboardInterrupt as error:
+        _say_stopped(error)
+        sys.exit(0 if launcher.restarts() else 75)
     sys.exit(0)
+
+
+def _explained(recipe: Recipe) -> Recipe:
+    """Say which process is at fault when another one is, and what to do when the machine refuses to write."""
+
+    @functools.wraps(recipe)
+    def explained(command: Command) -> None:
+        try:
+            with first_error():
+                recipe(command)
+        except OSError as error:
+            remedy = _remedy(error, command.flags.run.output)
+            if remedy is None:
+                raise
+            raise UserError(f"{error.filename or 'a file'}: {error.strerror}. {remedy}") from error
+
+    return explained
+
+
+def _remedy(error: OSError, output: str | None) -> str | None:
+    """What the user can do about *error*; None when it is a defect."""
+    name, inside = errno.errorcode.get(error.errno or 0, ""), _is_inside(str(error.filename or ""), output or "runs")
+    if name in ("ENOSPC", "EDQUOT"):
+        return f"Free some space; then {RESUME}"
+    if name in ("EROFS", "EACCES", "EPERM"):
+        choice = "Make it writable for this user, or choose another --output" if inside else "Give this user the right"
+        return f"{choice}; {RESUME}"
+    if name == "ENOENT" and inside:
+        return "It was there before: the folder of the run was moved or deleted while the run wrote to it."
+    return None
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    return bool(path) and Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 def _recorded(recipe: Recipe) -> Recipe:
@@ -92,11 +123,25 @@ def _recorded(recipe: Recipe) -> Recipe:
 
 def _report(error: UserError) -> None:
     """Print once: rank 0 at once; the others wait, because a launcher ends them when rank 0 has ended."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
-        time.sleep(5)
-    where = f" (process {rank})" if rank else ""
-    print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    if _rank() and launcher.ends_us_within(5):
+        return
+    where = f" (process {_rank()})" if _rank() else ""
+    _say(f"error{where}: {error}")
+
+
+def _say_stopped(error: KeyboardInterrupt) -> None:
+    """All processes stop together, so rank 0 speaks for them."""
+    reason = str(error) or "Ctrl-C"
+    if _rank() == 0:
+        _say(f"stopped on {reason}; {RESUME}")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def parse_command(argv: Sequence[str], name: str, description: str, presets: Path) -> Command:
@@ -111,7 +156,7 @@ def parse_command(argv: Sequence[str], name: str, description: str, presets: Pat
     flags = _typed_decay_wins(_parse(argv, name, description, default), default)
     check_flags(flags)
     stages = resolve_stages(flags, listed, where)
-    _refuse_without_effect(flags, default, stages, listed, where)
+    refuse_without_effect(flags, default, stages, listed, where)
     return Command(flags, stages, dump(flags, listed))
 
 
@@ -169,17 +214,7 @@ def _preset_path(preset: str, presets: Path) -> Path:
 
 
 def _load_yaml(path: Path, flag: str) -> tuple[dict[str, Any], list[Any] | None, str]:
-    import yaml
-
-    if not path.is_file():
-        raise UserError(f"{flag} {path}: there is no such file.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except Exception as error:  # damaged values make PyYAML raise nearly every type
-        raise UserError(f"{flag} {path} can't be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{flag} {path} must hold 'flag: value' lines; it holds {type(content).__name__}.")
-    values = {str(key).replace("-", "_"): value for key, value in content.items()}
+    values = read_yaml(path, f"{flag} {path}")
     return values, values.pop("stages", None), str(path)
 
 
@@ -191,7 +226,7 @@ def _with_values(flags: Flags, values: Mapping[str, Any], where: str) -> Flags:
     changes: dict[str, dict[str, Any]] = {group: {} for group in groups}
     for key, value in values.items():
         if key not in known:
-            raise UserError(f"{where} has the unknown key {key!r}.{did_you_mean(key, known)}")
+            raise UserError(f"{where} has the unknown key {shown(key)}.{did_you_mean(key, known)}")
         group = known[key]
         changes[group][key] = coerce(value, types[group][key], f"{where}, {key}")
     return Flags(**{group: dataclasses.replace(content, **changes[group]) for group, content in groups.items()})
@@ -202,12 +237,11 @@ def dump(flags: Flags, listed: list[Any] | None = None) -> str:
     import yaml
 
     kept = {key: value for key, value in flat(flags).items() if key not in NOT_IN_CONFIG}
-    return yaml.safe_dump(kept | ({"stages": listed} if listed else {}), sort_keys=False, allow_unicode=True)
-
-
-def flat(flags: Flags) -> dict[str, Any]:
-    """``{flag: value}`` without the groups."""
-    return {key: value for group in vars(flags).values() for key, value in vars(group).items()}
+    kept |= {"stages": listed} if listed else {}
+    text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    if {"\x85", "\u2028", "\u2029"}.isdisjoint(text):
+        return text
+    return yaml.safe_dump(kept, sort_keys=False)  # as they are, these would be read back as spaces
 
 
 def resolve_stages(flags: Flags, listed: list[Any] | None = None, where: str = "") -> tuple[Stage, ...]:
@@ -243,87 +277,3 @@ def _base_stage(flags: Flags) -> Stage:
     if flags.staging.batch_norm == "auto":
         given["batch_norm"] = "train" if flags.model.weights == "none" else "frozen"
     return Stage(name="all", open="all", **given)
-
-
-def check_flags(flags: Flags) -> None:
-    """Refuse single values and combinations that can't work.
-
-    Raises:
-        UserError: names the flag, the value and the remedy.
-    """
-    values = flat(flags)
-
-    def refuse(ok: bool, key: str, remedy: str) -> None:
-        if not ok:
-            raise UserError(f"--{key.replace('_', '-')} is {values[key]!r}; {remedy}.")
-
-    def at_least(low: int, *keys: str) -> None:
-        for key in keys:
-            value = values[key]
-            refuse(not isinstance(value, int) or value >= low, key, f"give a whole number from {low}")
-
-    def share(*keys: str) -> None:
-        for key in keys:
-            refuse(values[key] is None or 0 <= values[key] < 1, key, "give a number in [0, 1)")
-
-    at_least(0, "workers", "freeze_epochs", "epochs", "seed", "save_every")
-    at_least(1, "limit_train", "limit_eval", "batch_size", "micro_batch", "lr_batch", "keep", "log_every", "threads")
-    at_least(1, "max_steps")
-    refuse(values["seed"] < 2**63, "seed", "give a whole number below 2^63")
-    share("drop_rate", "drop_path_rate", "label_smoothing")
-    crop = values["crop_pct"]
-    refuse(crop is None or 0 < crop <= 1, "crop_pct", "give a share in (0, 1]")
-    refuse(0 < values["val_fraction"] < 1, "val_fraction", "give a fraction between 0 and 1, for example 0.25")
-    for key in ("lr", "freeze_lr"):
-        refuse(math.isfinite(values[key]) and values[key] > 0, key, "give a learning rate above 0, for example 3e-4")
-    refuse(0 <= values["clip_norm"] < math.inf, "clip_norm", "give a norm above 0, or 0 for off")
-    for key in ("clip_value", "clip_agc"):
-        refuse(values[key] is None or (math.isfinite(values[key]) and values[key] > 0), key, "give a number above 0")
-    _check_combinations(flags)
-
-
-def _refuse_without_effect(
-    flags: Flags, default: Flags, stages: Sequence[Stage], listed: list[Any] | None, where: str
-) -> None:
-    """Refuse a flag that was typed for nothing, rather than ignore it."""
-    values, before = flat(flags), flat(default)
-    typed = [key for key in values if values[key] != before[key]]
-    if listed is not None:
-        own = {str(key).replace("-", "_") for stage in listed for key in stage} | set(ONLY_WITHOUT_STAGES)
-        for key in typed:
-            if key in own:
-                flag = key.replace("_", "-")
-                raise UserError(
-                    f"--{flag} {values[key]}: the stages listed in {where} set that themselves. Copy the file, edit "
-                    "its stages and give it as --preset."
-                )
-    for key, (switch, allowed) in NEEDS.items():
-        chosen = sorted({str(getattr(stage, switch, values[switch])) for stage in stages})
-        if key in typed and not set(chosen) & set(allowed):
-            flag, other = key.replace("_", "-"), switch.replace("_", "-")
-            raise UserError(
-                f"--{flag} {values[key]} has no effect with --{other} {' and '.join(chosen)}. Drop it, or choose "
-                f"--{other} {' or '.join(allowed)}."
-            )
-
-
-def _check_combinations(flags: Flags) -> None:
-    optimisation, model, staging = flags.optimisation, flags.model, flags.staging
-    if optimisation.layer_decay is not None and optimisation.lr_ratio is not None:
-        raise UserError(
-            f"--layer-decay {optimisation.layer_decay} and --lr-ratio {optimisation.lr_ratio} exclude each other: both "
-            "set the learning rates of lower layers. Give one of the two."
-        )
-    if optimisation.clip_value is not None and optimisation.clip_agc is not None:
-        raise UserError(
-            f"--clip-value {optimisation.clip_value} and --clip-agc {optimisation.clip_agc} exclude each other; give "
-            "one of the two."
-        )
-    if model.init != "default" and model.weights != "none":
-        raise UserError(
-            f"--init {model.init} would overwrite --weights {model.weights}. Add --weights none, or use --head-init."
-        )
-    if model.init == "zero":
-        raise UserError("--init zero: a network of zeros gets no gradient. Choose kaiming, xavier or orthogonal.")
-    if staging.cache_features and not staging.freeze_epochs:
-        raise UserError("--cache-features is for the head-only epochs, but --freeze-epochs is 0. Raise it.")

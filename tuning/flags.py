@@ -135,6 +135,9 @@ class RegularisationFlags:
     """Probability mass moved from the label to all classes (Szegedy et al. 2016), in [0, 1)."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced = weight each class in the loss by 1 / its share of the images, so that rare classes count as much."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay per optimizer step, in (0, 1), for example
+    0.999; it warms up from 0. Evaluated beside the raw weights, as eval_ema/... Default: none."""
     augment: Literal["none", "light", "medium"] = "light"
     """none = the evaluation crop; light = random crops of 70-100 % of the area; medium = 35-100 %."""
     flip: Literal["none", "horizontal", "both"] = "horizontal"
@@ -150,11 +153,25 @@ class RunFlags:
     seed: int = 0
     """Seed of the split, the head, the order of the images and every random draw."""
     resume: str = "never"
-    """never; auto = go on from the newest checkpoint in --output if there is one; or the path of a checkpoint."""
-    save_every: int = 0
-    """Optimizer steps between checkpoints. 0 = at the end of every epoch."""
+    """never; auto = go on from the newest good checkpoint in --output if there is one; or the path of a checkpoint.
+    Flags that change the optimisation must stay as they were."""
+    save_every: int | Literal["auto"] = "auto"
+    """Optimizer steps between checkpoints, besides the end of every epoch. auto = whenever five minutes have passed;
+    0 = ends of epochs only."""
+    save_errors: Literal["continue", "stop"] = "continue"
+    """When a checkpoint can't be written (disk full, quota): train on with the earlier ones, or end the run."""
     keep: int = 2
-    """Checkpoints kept, newest first."""
+    """Checkpoints kept, newest first; the one with the best evaluation is kept besides."""
+    stop_after: float | None = None
+    """Minutes after which to save and stop, resumable. So do SIGTERM, SIGUSR1, Ctrl-C and a file named STOP in the run
+    folder."""
+    max_skipped: int = 10
+    """Optimizer steps in a row that may be left out because the loss or a gradient is not finite."""
+    max_unreadable: float = 0.01
+    """Share of the training or evaluation pictures that may be unreadable (one always may), in [0, 1]. Beyond it the
+    run ends with their list."""
+    timeout: float = 10.0
+    """Minutes that processes wait for one another before the run ends and names the one that hangs."""
     log_every: int = 10
     """Optimizer steps between writes of the per-step curves; every step is logged."""
     tracker: Literal["wandb", "tensorboard", "none"] = "wandb"
@@ -163,6 +180,8 @@ class RunFlags:
     """Project of the tracker."""
     best_by: Literal["top1", "balanced_accuracy", "loss"] = "balanced_accuracy"
     """Evaluation metric that chooses the weights in model/."""
+    best_of: Literal["raw", "ema"] | None = None
+    """Whose evaluation chooses model/, and whose weights are kept there. Default: ema with --ema-decay, else raw."""
     max_steps: int | None = None
     """Stop after this many optimizer steps; the schedule is not shortened."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None

@@ -1,9 +1,11 @@
-"""Where a run is: four integers and the best metric so far, readable as JSON before any model is built."""
+"""Where a run is: a few integers and the best metric so far, readable as JSON before any model is built."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from tuning.coerce import field_types
 
 
 @dataclass
@@ -16,8 +18,11 @@ class Progress:
         step: optimizer steps completed in the run.
         epoch: epochs completed in the run, the passes of a stage on cached features included.
         images: training images seen in the run.
-        skipped: optimizer steps that the gradient scaler left out.
+        due: the model of this step is still to be evaluated: it is saved first, so that nothing is lost meanwhile.
+        skipped: optimizer steps that were left out because the loss or a gradient was not finite.
+        skipped_in_a_row: those of them that directly precede this point.
         best: best value of the metric that chooses ``model/``; None before the first evaluation.
+        best_step: optimizer steps completed when that was reached.
         seconds: wall-clock time of the parts of the run before this one.
         tracker_id: id of the run in the tracker, so that a resumed run continues the same curves.
     """
@@ -27,8 +32,11 @@ class Progress:
     step: int = 0
     epoch: int = 0
     images: int = 0
+    due: bool = False
     skipped: int = 0
+    skipped_in_a_row: int = 0
     best: float | None = None
+    best_step: int | None = None
     seconds: float = 0.0
     tracker_id: str | None = None
 
@@ -38,5 +46,13 @@ class Progress:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Progress:
-        """The inverse of `to_json`; keys of a newer version are ignored."""
-        return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
+        """The inverse of `to_json`; keys of a newer version are ignored.
+
+        Raises:
+            TypeError: a value of another type than `to_json` writes.
+        """
+        types = field_types(cls)
+        for name, value in data.items():
+            if name in types and not isinstance(value, types[name]):
+                raise TypeError(f"{name} is {value!r}")
+        return cls(**{name: data[name] for name in types if name in data})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import hashlib
 import json
 import os
 import re
@@ -12,15 +15,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from tuning.coerce import parse_yaml, read_yaml, shown
 from tuning.errors import UserError
 
-CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+CONFIG, METRICS, SUMMARY, LOCK = "config.yaml", "metrics.jsonl", "summary.json", ".lock"
 # What may differ when a run goes on: none of it changes the optimisation.
 MAY_CHANGE = frozenset(
-    {"workers", "save_every", "keep", "log_every", "tracker", "project", "max_steps", "threads", "micro_batch"}
+    {"workers", "threads", "micro_batch", "log_every", "tracker", "project", "timeout"}
+    | {"save_every", "save_errors", "keep", "max_steps", "stop_after", "max_skipped", "max_unreadable"}
 )
+_locks: list[Any] = []  # a lock lasts while its file is open
+LONGEST_NAME = 150  # bytes; file systems take 255, and W&B 128 characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +86,8 @@ def choose(output: str | None, resume: str, model: str, data: str, now: float) -
     if resume == "auto":
         raise UserError("--resume auto needs --output: the folder of the run to go on with.")
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
-    name = re.sub(r"[/\\:]", "-", f"{stamp}-{model}-{data}")
-    return RunFolder(Path("runs") / name)
+    name = re.sub(r"[^\w.+=@-]", "-", f"{stamp}-{model}-{data}")
+    return RunFolder(Path("runs") / name.encode(errors="replace")[:LONGEST_NAME].decode(errors="ignore"))
 
 
 def _run_of_checkpoint(checkpoint: Path, output: str | None) -> Path:
@@ -108,23 +118,56 @@ def refuse_other_run(folder: RunFolder, resume: str, config: str) -> None:
         raise UserError(
             f"--output {path} holds another run. Go on with it by --resume auto, or choose another --output."
         )
-    old, new = _read_config(path / CONFIG), yaml.safe_load(config)
+    old, new = _read_config(path / CONFIG), parse_yaml(config.encode())
     changed = [k for k in sorted({*old, *new}) if k not in MAY_CHANGE and old.get(k) != new.get(k)]
     if changed:
-        told = "; ".join(f"--{k.replace('_', '-')} was {old.get(k)!r}, now {new.get(k)!r}" for k in changed)
+        told = "; ".join(f"{_flag(k)} was {shown(old.get(k))}, now {shown(new.get(k))}" for k in changed)
         raise UserError(
-            f"--resume: the run in {path} was started otherwise: {told}. Give it its own values or a new --output."
+            f"--resume: the run in {path} was started otherwise: {told}. Give it its own values or a new --output. "
+            f"These may change: {', '.join(map(_flag, sorted(MAY_CHANGE)))}."
         )
+
+
+def lock(folder: RunFolder) -> None:
+    """Hold the folder for this process until it ends, however it ends; one process of a run calls it.
+
+    Does nothing where the file system has no locks.
+
+    Raises:
+        UserError: another run is training in the folder now.
+    """
+    if fcntl is None:
+        return
+    folder.path.mkdir(parents=True, exist_ok=True)
+    file = (folder.path / LOCK).open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(f"--output {folder.path}: another run is training in it now. Choose another.") from None
+        return
+    _locks.append(file)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        content = None
-    if not isinstance(content, dict):
+        content = read_yaml(path, str(path))
+    except UserError as error:
+        raise UserError(f"--resume: not the config.yaml of a run. {error} Choose another --output.") from None
+    if not content:
         raise UserError(f"--resume: {path} is not the config.yaml of a run. Choose another --output.")
     return content
+
+
+def settled_hash(config: str) -> str:
+    """SHA-256 of the flags in the text of a ``config.yaml`` that may not change when the run goes on."""
+    settled = {key: value for key, value in parse_yaml(config.encode()).items() if key not in MAY_CHANGE}
+    return hashlib.sha256(json.dumps(settled, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _refuse_unwritable(path: Path) -> None:
@@ -133,25 +176,19 @@ def _refuse_unwritable(path: Path) -> None:
         raise UserError(f"--output {path}: {existing} can't be written. Choose another --output.")
 
 
-def forget_lines_after(metrics: Path, step: int) -> None:
-    """Drop the lines of ``metrics.jsonl`` that a resumed run will write again, and a torn last line."""
-    if not metrics.exists():
-        return
-    kept = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_atomically(metrics, "".join(line + "\n" for line in kept))
-
-
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file as a whole: a reader sees the old one or the new one."""
+    """Replace a text file as a whole: a reader sees the old one or the new one, after a power cut too."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def git_commit() -> str | None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tuning import schedules
-from tuning.coerce import coerce, field_types
+from tuning.coerce import as_key, coerce, field_types, shown
 from tuning.errors import UserError, did_you_mean
 from tuning.flags import ScheduleName
 
 GRADUAL_PARTS = 4
+MOST_LAYERS = 10**6
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,11 @@ def _check_open(stage: Stage) -> None:
     if isinstance(depth, str):
         ok = depth in ("head", "all")
     else:
-        ok = depth >= 1 if isinstance(depth, int) else 0 < depth <= 1
+        ok = 1 <= depth <= MOST_LAYERS if isinstance(depth, int) else 0 < depth <= 1
     if not ok:
         raise UserError(
-            f"stage {stage.name!r}: open is {depth!r}; give head, all, a number of layers from 1, or a fraction "
-            "of the depth in (0, 1]."
+            f"stage {shown(stage.name)}: open is {shown(depth)}; give head, all, a number of layers from 1, or a "
+            "fraction of the depth in (0, 1]."
         )
     if stage.cache_features and depth != "head":
         raise UserError(
@@ -166,7 +167,9 @@ def read_stages(listed: Sequence[Mapping[str, Any]], base: Stage, where: str) ->
         UserError: an unknown key (names the nearest), a value of the wrong type, or no list.
     """
     if not isinstance(listed, list) or not listed or not all(isinstance(entry, dict) for entry in listed):
-        raise UserError(f"{where}: stages must be a list of stages like '- {{open: head, epochs: 3}}'; got {listed!r}.")
+        raise UserError(
+            f"{where}: stages must be a list of stages like '- {{open: head, epochs: 3}}'; got {shown(listed)}."
+        )
     return [_read_stage(entry, base, f"{where}: stage {number}") for number, entry in enumerate(listed, start=1)]
 
 
@@ -174,10 +177,10 @@ def _read_stage(entry: Mapping[str, Any], base: Stage, where: str) -> Stage:
     types = field_types(Stage)
     given: dict[str, Any] = {}
     for key, value in entry.items():
-        key = str(key).replace("-", "_")
+        key = as_key(key)
         if key not in types:
             raise UserError(
-                f"{where} has the unknown key {key!r}.{did_you_mean(key, types)} Known: {', '.join(types)}."
+                f"{where} has the unknown key {shown(key)}.{did_you_mean(key, types)} Known: {', '.join(types)}."
             )
         given[key] = _read_depth(value) if key == "open" else coerce(value, types[key], f"{where}, {key}")
     if "open" not in given:
@@ -194,7 +197,7 @@ def _read_depth(value: Any) -> str | int | float:
     """``40%`` and quoted numbers as numbers; what is no depth stays as it was typed, for `check_stage` to refuse."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
-    text = str(value)
+    text = value if isinstance(value, str) else shown(value)
     with contextlib.suppress(ValueError):
         return int(text)
     with contextlib.suppress(ValueError):
@@ -205,7 +208,7 @@ def _read_depth(value: Any) -> str | int | float:
 def _default_name(depth: str | int | float) -> str:
     if isinstance(depth, str):
         return depth
-    return f"top-{depth}" if isinstance(depth, int) else f"top-{depth:.0%}"
+    return f"top-{shown(depth)}" if isinstance(depth, int) else f"top-{depth:.0%}"
 
 
 def standard_stages(base: Stage, freeze_epochs: int, freeze_lr: float, unfreeze: str) -> list[Stage]:

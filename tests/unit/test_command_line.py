@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +17,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tuning import command_line
+from tuning import command_line, interrupts, launcher
+from tuning.checks import NEEDS, ONLY_WITHOUT_STAGES, check_flags, flat
 from tuning.coerce import field_types
-from tuning.command_line import (
-    NEEDS,
-    NOT_IN_CONFIG,
-    ONLY_WITHOUT_STAGES,
-    Command,
-    check_flags,
-    dump,
-    flat,
-    parse_command,
-    resolve_stages,
-)
+from tuning.command_line import NOT_IN_CONFIG, Command, dump, parse_command, resolve_stages, run_recipe
+from tuning.echoes import ProcessLost
 from tuning.errors import UserError
 from tuning.flags import Flags
 from tuning.stages import Stage
@@ -150,7 +148,9 @@ def test_config_and_preset_exclude_each_other() -> None:
         *((key, (0.0, -1.0, float("nan"), float("inf")), "above 0") for key in ("clip_value", "clip_agc")),
         *((key, (-1,), "from 0") for key in ("workers", "freeze_epochs", "epochs", "seed", "save_every")),
         *((key, (0, -1), "from 1") for key in ("limit_train", "limit_eval", "batch_size", "micro_batch", "lr_batch")),
-        *((key, (0, -1), "from 1") for key in ("keep", "log_every", "threads", "max_steps")),
+        *((key, (0, -1), "from 1") for key in ("keep", "log_every", "threads", "max_steps", "max_skipped")),
+        ("max_unreadable", (-0.01, 1.01, float("nan")), "in [0, 1]"),
+        *((key, (0.0, -1.0, float("nan"), float("inf")), "minutes above 0") for key in ("stop_after", "timeout")),
         ("seed", (2**63, 2**64), "below 2^63"),
     ],
 )
@@ -203,12 +203,13 @@ def files_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 FLOATS = st.floats(1e-12, 0.9)
+TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)  # what files can hold
 VALUES = st.fixed_dictionaries(
     {},
     optional={
-        "data": st.text(min_size=1),
-        "model": st.text(min_size=1),
-        "run_name": st.text(),
+        "data": TEXTS,
+        "model": TEXTS,
+        "run_name": TEXTS,
         "lr": st.floats(1e-300, 1e300),
         "label_smoothing": FLOATS,
         "drop_rate": st.none() | FLOATS,
@@ -226,14 +227,14 @@ VALUES = st.fixed_dictionaries(
 )
 
 
-@settings(SHARED, max_examples=20)
+@settings(SHARED, max_examples=8)
 @given(VALUES)
 def test_a_config_repeats_the_run(tmp_path: Path, values: dict[str, Any]) -> None:
     """What ``config.yaml`` holds gives the same flags and stages, whatever the values."""
     _repeats(tmp_path, values)
 
 
-@settings(SHARED, max_examples=150)
+@settings(SHARED, max_examples=40)
 @given(VALUES)
 def test_reading_a_config_repeats_the_run(tmp_path: Path, files_only: None, values: dict[str, Any]) -> None:
     _repeats(tmp_path, values)
@@ -247,6 +248,11 @@ def _repeats(tmp_path: Path, values: dict[str, Any]) -> None:
     kept = {key: value for key, value in flat(flags).items() if key not in NOT_IN_CONFIG}
     assert {key: value for key, value in flat(again.flags).items() if key in kept} == kept
     assert again.stages == resolve_stages(flags)
+
+
+@pytest.mark.parametrize("name", ["Zürich", "a\x85b", "a\u2028b", "a\u2029", " \n", "1e-3", "null"])
+def test_a_config_keeps_names(tmp_path: Path, files_only: None, name: str) -> None:
+    _repeats(tmp_path, {"data": name})
 
 
 def test_a_config_with_stages_repeats_the_run(tmp_path: Path) -> None:
@@ -269,14 +275,14 @@ STAGES = st.lists(st.dictionaries(STAGE_KEYS, SCALARS, max_size=4), max_size=3)
 DOCUMENTS = st.dictionaries(st.sampled_from(sorted(ALL_FLAGS)), SCALARS | TREES, max_size=3)
 
 
-@settings(SHARED, max_examples=300)
+@settings(SHARED, max_examples=150)
 @given(TREES | DOCUMENTS | st.builds(lambda d, s: d | {"stages": s}, DOCUMENTS, STAGES | TREES))
 def test_any_document_gives_a_command_or_one_message(preset: Path, files_only: None, document: Any) -> None:
     preset.write_text(yaml.safe_dump(document), encoding="utf-8")
     _parses_or_refuses(preset)
 
 
-@settings(SHARED, max_examples=300)
+@settings(SHARED, max_examples=150)
 @given(st.text(alphabet=st.sampled_from("abe:- \n[]{}&*!|>'\"%@`,?#<=~.0123456789+_xo"), max_size=40) | st.text())
 def test_any_text_gives_a_command_or_one_message(preset: Path, files_only: None, text: str) -> None:
     preset.write_text(text, encoding="utf-8", errors="replace")
@@ -392,3 +398,95 @@ def test_bounds_of_the_crop() -> None:
             check_flags(with_values(crop_pct=value))
     for value in (None, 0.01, 1.0):
         check_flags(with_values(crop_pct=value))
+
+
+def test_bounds_that_are_allowed() -> None:
+    for values in ({"max_unreadable": 0.0}, {"max_unreadable": 1.0}, {"stop_after": 0.01}, {"timeout": 0.1}):
+        check_flags(with_values(**values))
+    for save_every in ("auto", 0, 100):
+        check_flags(with_values(save_every=save_every))
+
+
+def test_when_a_run_stops_is_not_what_it_is() -> None:
+    assert parse("--data", "photos", "--stop-after", "3").config == parse("--data", "photos").config
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Any]]:
+    """``ended(error, *flags)``: exit status and stderr of a recipe that raises *error*."""
+    numbers = [getattr(signal, name) for name in interrupts.NAMES if hasattr(signal, name)]
+    handlers = [signal.getsignal(number) for number in numbers]
+
+    def end(error: BaseException | None, *flags: str) -> tuple[Any, str]:
+        def recipe(command: Command) -> None:
+            """A recipe."""
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr(sys, "argv", ["recipe.py", "--data", "photos", *flags])
+        with pytest.raises(SystemExit) as caught:
+            run_recipe(recipe, "recipe.py", PRESETS)
+        return caught.value.code, capsys.readouterr().err
+
+    yield end
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (None, 0, ""),
+        (UserError("too few"), 2, "error: too few"),
+        (KeyboardInterrupt(), 75, "stopped on Ctrl-C; --resume auto"),
+        (KeyboardInterrupt("SIGTERM, after step 12"), 75, "stopped on SIGTERM, after step 12; --resume auto"),
+        (ProcessLost("process 1 hangs."), 1, "error (process 0): process 1 hangs."),
+        (OSError(errno.ENOSPC, "No space left", "run/x"), 2, "error: run/x: No space left. Free some space; then"),
+        (OSError(errno.EDQUOT, "Quota exceeded"), 2, "error: a file: Quota exceeded. Free some space; then"),
+        (OSError(errno.EROFS, "Read-only", "out/run"), 2, "error: out/run: Read-only. Make it writable"),
+        (OSError(errno.EACCES, "Denied", "out/run/x"), 2, "or choose another --output; --resume auto"),
+        (OSError(errno.EACCES, "Denied", "photos/x"), 2, "error: photos/x: Denied. Give this user the right;"),
+        (OSError(errno.ENOENT, "No such file", "out/run/x"), 2, "error: out/run/x: No such file. It was there before"),
+    ],
+)
+def test_exit_status(ended: Callable[..., Any], error: BaseException | None, status: int, words: str) -> None:
+    code, said = ended(error, "--output", "out/run")
+    assert code == status
+    assert said.startswith(words) or words in said
+    assert "Traceback" not in said
+    assert bool(said) == bool(words)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOENT, "No such file", "x"), OSError(errno.EIO, "IO"), ValueError()])
+def test_a_defect_keeps_its_traceback(ended: Callable[..., Any], error: Exception) -> None:
+    with pytest.raises(type(error)) as caught:
+        ended(error, "--output", "out")
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(("restarts", "status"), [("0", 75), ("3", 0)])
+def test_a_launcher_that_restarts_does_not_restart_a_stop_on_request(
+    ended: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, restarts: str, status: int
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    assert ended(KeyboardInterrupt("--stop-after"))[0] == status
+    assert ended(UserError("too few"))[0] == 2
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_what_rank_0_said_is_not_repeated(
+    ended: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
+    """The launcher ends the other processes after rank 0: they add nothing, no traceback either."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(interrupts._state, "wish", None)  # and again after the test
+    wait = launcher.ends_us_within
+
+    def wait_for_signal(seconds: float) -> bool:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return wait(seconds)
+
+    monkeypatch.setattr(launcher, "ends_us_within", wait_for_signal)
+    if held:
+        monkeypatch.setattr(interrupts, "_on_signal", lambda *_: setattr(interrupts._state, "wish", "SIGTERM"))
+    assert ended(UserError("too few")) == (2, "")

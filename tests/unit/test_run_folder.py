@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tuning.command_line import dump
+from tuning.command_line import NOT_IN_CONFIG, dump
 from tuning.errors import UserError
 from tuning.flags import Flags
-from tuning.run_folder import MAY_CHANGE, RunFolder, choose, forget_lines_after, refuse_other_run, write_atomically
+from tuning.run_folder import MAY_CHANGE, RunFolder, choose, refuse_other_run, settled_hash, write_atomically
 
 CONFIG = "lr: 0.001\nepochs: 3\nworkers: 2\n"
 
@@ -32,6 +32,13 @@ def test_chosen_name_is_one_folder_whatever_the_model_is_called() -> None:
     assert path.parent == Path("runs")
     assert path.name.endswith("-local-dir--a-b-hub-cats")
     assert ":" not in path.name
+
+
+def test_chosen_name_is_short_and_plain() -> None:
+    name = choose(None, "never", "m" * 200, "a b\0$(x)\n/\ud800", 1e9).path.name
+    assert len(name) == 150
+    assert choose(None, "never", "m", "a b\0$(x)\n/..\ud800", 1e9).path.name.endswith("-m-a-b---x---..-")
+    assert len(choose(None, "never", "m", "猫" * 100, 1e9).path.name.encode()) <= 150
 
 
 def test_resume_names_the_run(tmp_path: Path) -> None:
@@ -70,6 +77,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="disk full"):
         write_atomically(file, "new")
     assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_another_run_is_not_written_over(run: RunFolder) -> None:
@@ -88,18 +96,27 @@ def test_changed_flags_are_named_with_both_values(run: RunFolder) -> None:
     assert "--lr was 0.001, now 0.01" in str(caught.value)
     assert "--nesterov was None, now True" in str(caught.value)
     assert "epochs" not in str(caught.value)
+    assert "These may change: " in str(caught.value)
+    assert "--keep, --log-every" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["", "- a\n- b\n", "{", "lr"])
-def test_a_foreign_config_is_not_a_run(tmp_path: Path, content: str) -> None:
-    (tmp_path / "config.yaml").write_text(content)
+def test_odd_keys_of_an_older_config_are_named(run: RunFolder) -> None:
+    (run.path / "config.yaml").write_text(CONFIG + "1: 2\nnull: x\nlong: [" + "1, " * 1000 + "]\n")
+    with pytest.raises(UserError, match="--1 was 2, now None; --None was 'x', now None") as caught:
+        refuse_other_run(run, "auto", CONFIG)
+    assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize("content", [b"", b"- a\n- b\n", b"{", b"lr", b"\xff", b"{a: " * 9999, b"a: &a [*a]"])
+def test_a_foreign_config_is_not_a_run(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"not the config\.yaml of a run"):
         refuse_other_run(RunFolder(tmp_path), "auto", CONFIG)
 
 
 def test_only_real_flags_may_change() -> None:
     names = {line.partition(":")[0] for line in dump(Flags()).splitlines()}
-    assert names >= MAY_CHANGE
+    assert names | set(NOT_IN_CONFIG) >= MAY_CHANGE
     assert not MAY_CHANGE & {"lr", "batch_size", "seed", "epochs", "precision"}
 
 
@@ -123,11 +140,14 @@ def test_refusing_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lines_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
-    metrics = tmp_path / "metrics.jsonl"
-    forget_lines_after(metrics, 2)
-    assert not metrics.exists()
-    kept = [json.dumps({"step": step, "train/loss": 1.0}) for step in (0, 1, 2, 2)]
-    metrics.write_text("\n".join([*kept, '{"step": 3}', '{"step": 2, "train/lo']))
-    forget_lines_after(metrics, 2)
-    assert metrics.read_text() == "".join(line + "\n" for line in kept)
+def test_the_hash_is_of_what_may_not_change() -> None:
+    one = settled_hash(CONFIG)
+    assert one == settled_hash("workers: 0\nepochs: 3\nlr: 1.0e-3\n"), "order, notation and free flags"
+    assert one == settled_hash("lr: 0.001\nepochs: 3\nmax_skipped: 7\n")
+    others = {
+        settled_hash(CONFIG.replace("3", "4")),
+        settled_hash("lr: 0.001\n"),
+        settled_hash(CONFIG + "a: 2024-05-01"),
+    }
+    assert one not in others
+    assert len(others) == 3

@@ -1,0 +1,138 @@
+"""Refuses flags that can't work, alone, together or without effect. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tuning.coerce import as_key, coerce, field_types
+from tuning.errors import UserError
+from tuning.flags import Flags
+from tuning.stages import Stage
+
+ONLY_WITHOUT_STAGES = ("freeze_epochs", "freeze_lr", "cache_features", "epochs", "unfreeze")
+NEEDS = {  # flag: what another flag must be for it to have an effect
+    "cycle_epochs": ("schedule", ("sgdr", "triangular")),
+    "cycle_mult": ("schedule", ("sgdr",)),
+    "cycle_decay": ("schedule", ("sgdr",)),
+    "step_epochs": ("schedule", ("step",)),
+    "step_gamma": ("schedule", ("step",)),
+    "lr_floor": ("schedule", ("cosine", "sgdr", "triangular")),
+    "lr_batch": ("lr_scaling", ("linear", "sqrt")),
+}
+LOWEST = {  # smallest value: whole numbers
+    0: ("workers", "freeze_epochs", "epochs", "seed", "save_every"),
+    1: (
+        *("limit_train", "limit_eval", "batch_size", "micro_batch", "lr_batch"),
+        *("keep", "log_every", "threads", "max_steps", "max_skipped"),
+    ),
+}
+LONGEST_WAIT = 60.0 * 24 * 7  # minutes; a time-out that never ends would hide what hangs
+
+
+def flat(flags: Flags) -> dict[str, Any]:
+    """``{flag: value}`` without the groups."""
+    return {key: value for group in vars(flags).values() for key, value in vars(group).items()}
+
+
+def check_flags(flags: Flags) -> None:
+    """Refuse single values and combinations that can't work.
+
+    Raises:
+        UserError: names the flag, the value and the remedy.
+    """
+    _check_types(flags)
+    values = flat(flags)
+    _check_counts(values)
+    _check_numbers(values)
+    _check_combinations(flags)
+
+
+def _refuse(ok: bool, key: str, values: Mapping[str, Any], remedy: str) -> None:
+    if not ok:
+        raise UserError(f"--{key.replace('_', '-')} is {values[key]!r}; {remedy}.")
+
+
+def _check_types(flags: Flags) -> None:
+    """What was typed keeps the bounds of what is read from a file, so that ``config.yaml`` can hold and repeat it."""
+    for group in vars(flags).values():
+        for key, wanted in field_types(type(group)).items():
+            coerce(getattr(group, key), wanted, f"--{key.replace('_', '-')}")
+
+
+def _check_counts(values: Mapping[str, Any]) -> None:
+    for low, keys in LOWEST.items():
+        for key in keys:  # words such as auto have been checked by their type
+            ok = not isinstance(values[key], int) or values[key] >= low
+            _refuse(ok, key, values, f"give a whole number from {low}")
+    _refuse(values["seed"] < 2**63, "seed", values, "give a whole number below 2^63")
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    def check(remedy: str, ok: Callable[[float], bool], *keys: str) -> None:
+        for key in keys:
+            _refuse(values[key] is None or ok(values[key]), key, values, remedy)
+
+    def above_0(x: float) -> bool:
+        return 0 < x < math.inf
+
+    check("give a number in [0, 1)", lambda x: 0 <= x < 1, "drop_rate", "drop_path_rate", "label_smoothing")
+    check("give a share in (0, 1]", lambda x: 0 < x <= 1, "crop_pct")
+    check("give a decay between 0 and 1, for example 0.999", lambda x: 0 < x < 1, "ema_decay")
+    check("give a fraction between 0 and 1, for example 0.25", lambda x: 0 < x < 1, "val_fraction")
+    check("give a learning rate above 0, for example 3e-4", above_0, "lr", "freeze_lr")
+    check("give a norm above 0, or 0 for off", lambda x: 0 <= x < math.inf, "clip_norm")
+    check("give a number above 0", above_0, "clip_value", "clip_agc")
+    check("give a share in [0, 1], for example 0.01", lambda x: 0 <= x <= 1, "max_unreadable")
+    check("give minutes above 0, for example 90", above_0, "stop_after")
+    check(f"give minutes above 0, at most {LONGEST_WAIT:g}", lambda x: 0 < x <= LONGEST_WAIT, "timeout")
+
+
+def refuse_without_effect(
+    flags: Flags, default: Flags, stages: Sequence[Stage], listed: list[Any] | None, where: str
+) -> None:
+    """Refuse a flag that was typed for nothing, rather than ignore it."""
+    values, before = flat(flags), flat(default)
+    typed = [key for key in values if values[key] != before[key]]
+    if listed is not None:
+        own = {as_key(key) for stage in listed for key in stage} | set(ONLY_WITHOUT_STAGES)
+        for key in typed:
+            if key in own:
+                flag = key.replace("_", "-")
+                raise UserError(
+                    f"--{flag} {values[key]}: the stages listed in {where} set that themselves. Copy the file, edit "
+                    "its stages and give it as --preset."
+                )
+    for key, (switch, allowed) in NEEDS.items():
+        chosen = sorted({str(getattr(stage, switch, values[switch])) for stage in stages})
+        if key in typed and not set(chosen) & set(allowed):
+            flag, other = key.replace("_", "-"), switch.replace("_", "-")
+            raise UserError(
+                f"--{flag} {values[key]} has no effect with --{other} {' and '.join(chosen)}. Drop it, or choose "
+                f"--{other} {' or '.join(allowed)}."
+            )
+
+
+def _check_combinations(flags: Flags) -> None:
+    optimisation, model, staging = flags.optimisation, flags.model, flags.staging
+    if optimisation.layer_decay is not None and optimisation.lr_ratio is not None:
+        raise UserError(
+            f"--layer-decay {optimisation.layer_decay} and --lr-ratio {optimisation.lr_ratio} exclude each other: both "
+            "set the learning rates of lower layers. Give one of the two."
+        )
+    if optimisation.clip_value is not None and optimisation.clip_agc is not None:
+        raise UserError(
+            f"--clip-value {optimisation.clip_value} and --clip-agc {optimisation.clip_agc} exclude each other; give "
+            "one of the two."
+        )
+    if model.init != "default" and model.weights != "none":
+        raise UserError(
+            f"--init {model.init} would overwrite --weights {model.weights}. Add --weights none, or use --head-init."
+        )
+    if model.init == "zero":
+        raise UserError("--init zero: a network of zeros gets no gradient. Choose kaiming, xavier or orthogonal.")
+    if flags.run.best_of == "ema" and flags.regularisation.ema_decay is None:
+        raise UserError("--best-of ema needs averaged weights; add --ema-decay, for example 0.999.")
+    if staging.cache_features and not staging.freeze_epochs:
+        raise UserError("--cache-features is for the head-only epochs, but --freeze-epochs is 0. Raise it.")
