@@ -73,8 +73,8 @@ def _in_order(features: Tensor, labels: Tensor, counted: Tensor, index: Tensor, 
 class CachedEval:
     """Evaluation batches from cached features, dealt out like `EvalFeed`'s."""
 
-    def __init__(self, features: Tensor, labels: Tensor, order: EvalOrder, unreadable: set[str]) -> None:
-        self.features, self.labels, self.order, self.unreadable = features, labels, order, unreadable
+    def __init__(self, features: Tensor, labels: Tensor, order: EvalOrder) -> None:
+        self.features, self.labels, self.order = features, labels, order
 
     def __iter__(self) -> Iterator[Micro]:
         for items in self.order.micro_batches():

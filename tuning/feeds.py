@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
 
+from tuning.data.broken import Unreadable
 from tuning.data.loader import EvalFeed, FeatureFeed, Feed, TrainFeed
 from tuning.data.sampling import EvalOrder, TrainOrder
 from tuning.data.sources import Data
@@ -18,6 +18,7 @@ from tuning.entering import Entered
 from tuning.features import CachedEval, compute_features
 from tuning.models import ModelInfo
 from tuning.plan import StagePlan
+from tuning.unreadable import UnreadablePictures
 
 EVAL_BATCH = 64  # pictures per forward pass per process
 CACHED_EVAL_BATCH = 4096  # rows of features, a few kB each
@@ -29,18 +30,13 @@ class StageFeeds:
 
     Attributes:
         train: training batches of this process.
-        evaluation: evaluation batches of this process.
+        evaluation: evaluation batches of this process, as many as on every other.
         judged: what `evaluation` is for: the raw model, or its head when the features are cached.
     """
 
     train: Feed
     evaluation: EvalFeed | CachedEval
     judged: nn.Module
-
-    def unreadable(self) -> list[str]:
-        """Names and reasons of the pictures that no process could read so far. All processes take part."""
-        mine = [*self.train.unreadable, *self.evaluation.unreadable]
-        return sorted(set(gather_object(mine)))
 
 
 def stage_feeds(
@@ -49,23 +45,28 @@ def stage_feeds(
     planned: StagePlan,
     data: Data,
     info: ModelInfo,
-    *,
+    unreadable: UnreadablePictures,
     seed: int,
     flip: Literal["none", "horizontal", "both"],
     workers: int,
 ) -> StageFeeds:
-    """Build the batches of a stage; with ``cache_features`` this runs the model once over all pictures."""
+    """Build the batches of a stage; with ``cache_features`` this runs the model once over all pictures.
+
+    Args:
+        unreadable: counts the pictures that can't be read.
+    """
     stage, rank, world_size = planned.stage, accelerator.process_index, accelerator.num_processes
-    evaluation = plain_feed(accelerator, data.eval, planned, info, workers)
+    evaluation = plain_feed(accelerator, data.eval, planned, info, workers, unreadable.evaluation)
     order = TrainOrder(len(data.train), seed, planned.batch, rank)
     if stage.cache_features:
-        pictures = plain_feed(accelerator, data.train, planned, info, workers)
+        pictures = plain_feed(accelerator, data.train, planned, info, workers, unreadable.train)
         train_features = compute_features(accelerator, entered.model, pictures)
         eval_features = compute_features(accelerator, entered.model, evaluation)
+        unreadable.check()
         entered.train_mode()
         eval_order = EvalOrder(len(data.eval), CACHED_EVAL_BATCH, rank, world_size)
-        cached = CachedEval(*eval_features, eval_order, evaluation.unreadable)
-        return StageFeeds(FeatureFeed(*train_features, order, pictures.unreadable), cached, entered.trained)
+        cached = CachedEval(*eval_features, eval_order)
+        return StageFeeds(FeatureFeed(*train_features, order), cached, entered.trained)
     train = TrainFeed(
         data.train,
         order,
@@ -75,12 +76,21 @@ def stage_feeds(
         flip=flip,
         workers=workers,
         device=accelerator.device,
+        unreadable=unreadable.train,
     )
     return StageFeeds(train, evaluation, entered.model)
 
 
-def plain_feed(accelerator: Accelerator, rows: Dataset, planned: StagePlan, info: ModelInfo, workers: int) -> EvalFeed:
+def plain_feed(
+    accelerator: Accelerator,
+    rows: Dataset,
+    planned: StagePlan,
+    info: ModelInfo,
+    workers: int,
+    unreadable: Unreadable | None = None,
+) -> EvalFeed:
     """This process's part of *rows*, every picture once, with the evaluation crop at the stage's size."""
     order = EvalOrder(len(rows), EVAL_BATCH, accelerator.process_index, accelerator.num_processes)
     crop, normalise = Crop(planned.image_size, info.interpolation, info.crop_pct), Normalise(info.mean, info.std)
-    return EvalFeed(rows, order, crop, normalise, workers=workers, device=accelerator.device)
+    device = accelerator.device
+    return EvalFeed(rows, order, crop, normalise, workers=workers, device=device, unreadable=unreadable)

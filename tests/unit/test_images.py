@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -236,6 +237,65 @@ def test_a_jpeg_above_the_bound_is_read_reduced_or_not_at_all(monkeypatch: pytes
 def test_a_decompression_bomb_is_refused_by_its_size(size: tuple[int, int]) -> None:
     with pytest.raises(UnreadableImage, match=r"pixels"):
         decode(png_header(*size))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "L", "1", "I;16"])
+def test_large_pictures_are_converted_in_strips_without_a_change(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    image = noise(203, 147)
+    image.putalpha(noise(203, 147, 1).convert("L"))
+    grey = np.asarray(image.convert("L")).astype(np.uint16) * 257
+    data = encode(Image.fromarray(grey) if mode == "I;16" else image.convert(mode))
+    whole = as_array(data)
+    monkeypatch.setattr(images, "STRIP_PIXELS", 1000)
+    np.testing.assert_array_equal(as_array(data), whole)
+
+
+@pytest.mark.parametrize(("kind", "fits"), [("PNG", True), ("GIF", True), ("WEBP", False), ("TIFF", False)])
+def test_formats_whose_decoders_keep_copies_have_a_lower_limit(
+    monkeypatch: pytest.MonkeyPatch, kind: str, fits: bool
+) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 10_000)
+    data = encode(noise(80, 80), kind)
+    if fits:
+        assert as_array(data).shape == (80, 80, 3)
+    else:
+        with pytest.raises(UnreadableImage, match=r"80 x 80 pixels exceed the limit of 4,000"):
+            decode(data)
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "tiff"])
+def test_a_header_that_promises_too_much_costs_nothing(kind: str) -> None:
+    side = 16_383
+    canvas = (side - 1).to_bytes(3, "little") * 2
+    webp = b"VP8X" + struct.pack("<I", 10) + bytes(4) + canvas + encode(noise(), "WEBP")[12:]
+    tags = [(256, side), (257, side), (258, 8), (259, 8), (262, 1), (273, 8), (277, 1), (278, side), (279, 9)]
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    header = {
+        "gif": b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + bytes(3) + encode(noise(), "GIF")[13:],
+        "webp": b"RIFF" + struct.pack("<I", len(webp) + 4) + b"WEBP" + webp,
+        "tiff": b"II*\0" + struct.pack("<IH", 8, len(tags)) + directory + bytes(4),
+    }[kind]
+    tracemalloc.start()
+    try:
+        with pytest.raises(UnreadableImage):
+            decode(header)
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [b"iCCP", b"zTXt", b"iTXt"])
+def test_a_compressed_text_does_not_unfold(kind: bytes) -> None:
+    bomb = zlib.compress(bytes(100_000_000), 1)
+    body = b"name\0" + (b"\1\0\0\0" if kind == b"iTXt" else b"\0") + bomb
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    sound = encode(noise())
+    place = 33  # behind the header
+    tracemalloc.start()
+    survives(sound[:place] + chunk + sound[place:])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000_000
 
 
 def test_a_large_png_does_not_warn() -> None:

@@ -669,6 +669,37 @@ def test_webdataset_without_labels(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+class Trap:
+    """Unpickling makes the folder at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("extension", ["pkl", "pickle", "pyd", "pth", "pt", "npy"])
+def test_nothing_in_a_shard_is_executed(tmp_path: Path, extension: str) -> None:
+    trap = pickle.dumps(Trap(tmp_path / "sprung"))
+    if extension == "npy":
+        buffer = io.BytesIO()
+        np.save(buffer, np.array([Trap(tmp_path / "sprung")], dtype=object), allow_pickle=True)
+        trap = buffer.getvalue()
+    samples = [(f"s{i}", {"jpg": JPEG, "cls": str(i % 2).encode(), extension: trap}) for i in range(6)]
+    write_tar(tmp_path / "shards" / "train-0.tar", samples)
+    try:
+        data = load(tmp_path / "shards")
+    except UserError as error:
+        assert "shards" in str(error)  # noqa: PT017 (either outcome is fine)
+    else:
+        assert [decode(row["image"]["bytes"]).shape for row in data.train] == [(16, 16, 3)] * len(data.train)
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads(pickle.dumps(Trap(tmp_path / "sprung")))
+    assert (tmp_path / "sprung").exists()
+
+
 def test_a_dataset_survives_the_way_to_a_worker(tmp_path: Path, flat: Path) -> None:
     for data in (load(flat), load(parquet(tmp_path / "shards", train=table(list("aabb"))), limit_train=2)):
         copy = pickle.loads(pickle.dumps(data.train))

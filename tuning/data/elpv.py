@@ -30,7 +30,7 @@ def open_demo() -> Opened:
         )
     folder = os.path.join(spec.submodule_search_locations[0], "data")
     paths, labels = _read_labels(folder)
-    return Opened(picture_dataset(paths, labels, CLASSES), None, CLASSES, (LICENCE,))
+    return Opened(picture_dataset(paths, labels, CLASSES), None, CLASSES, (LICENCE,), folder)
 
 
 def _read_labels(folder: str) -> tuple[list[str], list[int]]:

@@ -103,7 +103,8 @@ def _open_parts(folder: str, names: list[str], train_split: str | None, eval_spl
     if unused:
         notes.append(f"{folder}: folders that are not used: {shorten(unused)}.")
     classes = tuple(train.files)
-    return Opened(_dataset(train, classes), _dataset(judge, classes) if judge else None, classes, tuple(notes))
+    held_back = _dataset(judge, classes) if judge else None
+    return Opened(_dataset(train, classes), held_back, classes, tuple(notes), folder)
 
 
 def _open_classes(folder: str) -> Opened | None:
@@ -116,7 +117,7 @@ def _open_classes(folder: str) -> Opened | None:
             "pictures in it: train/<class>/<picture>."
         )
     classes = tuple(found.files)
-    return Opened(_dataset(found, classes), None, classes, tuple(found.notes()))
+    return Opened(_dataset(found, classes), None, classes, tuple(found.notes()), folder)
 
 
 def _dataset(found: ClassFolders, classes: tuple[str, ...]) -> Dataset:

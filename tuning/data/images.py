@@ -26,6 +26,10 @@ simplejpeg = _optional("simplejpeg")  # only a speed-up: PIL decodes to the same
 Pixels = npt.NDArray[np.uint8]
 
 MAX_PIXELS = 178_956_970  # PIL's own limit against decompression bombs: 512 MiB as RGB
+STRIP_PIXELS = 16_000_000  # converted at a time, so that a large picture exists once, not three times
+# Share of the limit that keeps a decode near 1 GB; for some the decoder holds copies of its own.
+_SHARES = {"WEBP": 0.4, "AVIF": 0.4, "JPEG2000": 0.4, "TIFF": 0.4}
+_OTHER_SHARE = 0.65
 REDUCE_ABOVE = 16_000_000  # below it a full decode is quick, and random crops keep their detail
 
 # What people train on; among PIL's other formats are some that start programs (EPS).
@@ -34,7 +38,15 @@ _JPEG_START = b"\xff\xd8\xff"
 
 
 class UnreadableImage(Exception):
-    """A picture that cannot be decoded; the message holds its path (or size in bytes) and the reason."""
+    """A picture that cannot be decoded; the message holds its path (or size in bytes) and the reason.
+
+    Attributes:
+        reason: without the path.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.reason = reason
 
 
 def decode(source: bytes | str, *, min_side: int = 0) -> torch.Tensor:
@@ -56,7 +68,7 @@ def decode(source: bytes | str, *, min_side: int = 0) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(pixels))
     except Exception as error:  # PIL's plugins raise nearly every type on damaged files
         name = source if isinstance(source, str) else f"a picture of {len(source or b''):,} bytes"
-        raise UnreadableImage(f"{name}: {_reason(error)}") from error
+        raise UnreadableImage(name, _reason(error)) from error
 
 
 def _read(source: bytes | str) -> bytes:
@@ -89,7 +101,7 @@ def _decode_plain_jpeg(data: bytes, min_side: int) -> Pixels | None:
         if colours not in ("RGB", "YCbCr", "Gray"):
             return None
         least = _least_side(width, height, min_side)
-        if width * height > MAX_PIXELS:
+        if width * height > MAX_PIXELS * (_OTHER_SHARE if b"\xff\xc2" in _metadata(data) else 1.0):  # progressive
             return None
         pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=least, min_width=least)
         return pixels
@@ -114,7 +126,7 @@ def _decode_jpeg_with_pil(data: bytes, min_side: int) -> Pixels:
                 image.draft(None, (least, least))
                 _refuse_bomb(image.size)
             else:
-                _refuse_bomb(full)
+                _refuse_bomb(full, _OTHER_SHARE if image.info.get("progressive") else 1.0)
             return _to_rgb(image)
 
 
@@ -122,7 +134,7 @@ def _decode_with_pil(data: bytes) -> Pixels:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
-            _refuse_bomb(image.size)
+            _refuse_bomb(image.size, _SHARES.get(image.format or "", _OTHER_SHARE))
             return _to_rgb(image)
 
 
@@ -132,31 +144,42 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _refuse_bomb(size: tuple[int, int]) -> None:
+def _refuse_bomb(size: tuple[int, int], share: float = 1.0) -> None:
     width, height = size
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels exceed the limit of {MAX_PIXELS:,}; save it smaller")
+    limit = int(MAX_PIXELS * share)
+    if width * height > limit:
+        raise ValueError(f"{width} x {height} pixels exceed the limit of {limit:,}; save it smaller")
 
 
 def _to_rgb(image: ImageFile.ImageFile) -> Pixels:
     image.load()
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range; save it with 8 or 16 bits a channel")
-    if image.mode.startswith("I"):
-        pixels = _from_16_bit(image)
-    elif image.has_transparency_data:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        pixels = np.array(Image.alpha_composite(white, layer).convert("RGB"))
-    else:
-        pixels = np.array(image.convert("RGB"))
+    width, height = image.size
+    rows = max(1, STRIP_PIXELS // width)
+    if rows >= height:
+        return _upright(_strip_to_rgb(image, image.format), _orientation(image))
+    pixels = np.empty((height, width, 3), np.uint8)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(height, top + rows)))
+        pixels[top : top + rows] = _strip_to_rgb(strip, image.format)
     return _upright(pixels, _orientation(image))
 
 
-def _from_16_bit(image: ImageFile.ImageFile) -> Pixels:
+def _strip_to_rgb(strip: Image.Image, kind: str | None) -> Pixels:
+    if strip.mode.startswith("I"):
+        return _from_16_bit(strip, kind)
+    if strip.has_transparency_data:
+        layer = strip.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        strip = Image.alpha_composite(white, layer)
+    return np.array(strip.convert("RGB"))
+
+
+def _from_16_bit(image: Image.Image, kind: str | None) -> Pixels:
     """Grey 0 ... 65535 to 0 ... 255, rounded; PIL's own conversion would clip everything above 255."""
     values = np.asarray(image).astype(np.int32)
-    if (image.format == "TIFF" and image.mode == "I") or values.min() < 0 or values.max() > 65535:
+    if (kind == "TIFF" and image.mode == "I") or values.min() < 0 or values.max() > 65535:
         raise ValueError("32-bit integer pixels have no agreed range; save it with 8 or 16 bits a channel")
     grey = ((values + 128) // 257).astype(np.uint8)
     return np.repeat(grey[:, :, None], 3, axis=2)

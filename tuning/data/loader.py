@@ -8,15 +8,18 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from tuning.data.broken import Broken, Unreadable, why_gone
 from tuning.data.images import UnreadableImage, decode
 from tuning.data.sampling import EvalOrder, Item, TrainOrder
 from tuning.data.sources import image_name
 from tuning.data.transforms import Crop, Normalise, crop_seed, random_flips
+from tuning.data.workers import WorkerLoader
 from tuning.errors import UserError
 
 REPLACEMENT_TRIES = 20
+CHECK_EVERY = 32  # evaluation batches between looks at the number of unreadable pictures
 
 
 class Micro(NamedTuple):
@@ -37,20 +40,24 @@ class Micro(NamedTuple):
 
 @dataclass
 class Batch:
-    """One micro-batch as a worker hands it over: ``images`` ``(B, 3, S, S)`` uint8, channels-last."""
+    """One micro-batch as a worker hands it over: ``images`` ``(B, 3, S, S)`` uint8, channels-last.
+
+    `gone` says why nothing in the data folder could be read.
+    """
 
     images: Tensor
     labels: Tensor
     weights: Tensor
     index: Tensor
     epoch: int
-    unreadable: list[str] = field(default_factory=list)
+    unreadable: list[Broken] = field(default_factory=list)
+    gone: str | None = None
 
     def pin_memory(self) -> Batch:
         """Called by torch's loader so that copies to a GPU don't wait."""
         tensors = (self.images, self.labels, self.weights, self.index)
         images, labels, weights, index = (tensor.pin_memory() for tensor in tensors)
-        return Batch(images, labels, weights, index, self.epoch, self.unreadable)
+        return Batch(images, labels, weights, index, self.epoch, self.unreadable, self.gone)
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Pictures(Dataset[Batch]):
         rows: dataset with the columns ``image`` (encoded) and ``label``.
         augment: ``none`` = the evaluation crop, else the strength of `Crop.random`.
         replace_unreadable: training takes the next readable picture instead; evaluation sets the weight to 0.
+        folder: that all pictures lie in; None where they are no files of their own.
     """
 
     rows: Any
@@ -68,6 +76,7 @@ class Pictures(Dataset[Batch]):
     augment: Literal["none", "light", "medium"]
     seed: int
     replace_unreadable: bool
+    folder: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,7 +86,7 @@ class Pictures(Dataset[Batch]):
         images = torch.zeros((len(items), size, size, 3), dtype=torch.uint8)
         labels = torch.zeros(len(items), dtype=torch.int64)
         weights = torch.tensor([item.weight for item in items], dtype=torch.float32)
-        unreadable: list[str] = []
+        unreadable: list[Broken] = []
         for place, item in enumerate(items):
             picture, label = self._read(item, unreadable)
             labels[place] = label
@@ -86,16 +95,17 @@ class Pictures(Dataset[Batch]):
             else:
                 images[place] = picture.permute(1, 2, 0)
         index = torch.tensor([item.row for item in items])
-        return Batch(images.permute(0, 3, 1, 2), labels, weights, index, items[0].epoch, unreadable)
+        gone = why_gone(self.folder) if unreadable and self.folder else None
+        return Batch(images.permute(0, 3, 1, 2), labels, weights, index, items[0].epoch, unreadable, gone)
 
-    def _read(self, item: Item, unreadable: list[str]) -> tuple[Tensor | None, int]:
+    def _read(self, item: Item, unreadable: list[Broken]) -> tuple[Tensor | None, int]:
         for offset in range(REPLACEMENT_TRIES if self.replace_unreadable else 1):
-            row = self.rows[(item.row + offset) % len(self.rows)]
+            number = (item.row + offset) % len(self.rows)
+            row = self.rows[number]
             try:
                 return self._cut(decode(_source(row), min_side=self.crop.size), item), int(row["label"])
             except UnreadableImage as error:
-                name, reason = image_name(row), str(error)
-                unreadable.append(reason if reason.startswith(name) else f"{name}: {reason}")
+                unreadable.append(Broken(number, image_name(row, number), error.reason))
         return None, int(row["label"])
 
     def _cut(self, picture: Tensor, item: Item) -> Tensor:
@@ -107,10 +117,6 @@ class Pictures(Dataset[Batch]):
 def _source(row: dict[str, Any]) -> bytes | str:
     image = row["image"]
     return image["bytes"] if image["bytes"] is not None else image["path"]  # type: ignore[no-any-return]
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
 
 
 class _EpochBatches:
@@ -131,17 +137,13 @@ class _EvalBatches:
         return self.order.micro_batches()
 
 
-def _loader(
-    pictures: Pictures, batches: Any, workers: int, device: torch.device, *, keep_workers: bool
-) -> DataLoader[Batch]:
-    return DataLoader(
-        pictures,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_as_is,
-        pin_memory=device.type == "cuda",
-        persistent_workers=keep_workers and workers > 0,
-    )
+def _note(batch: Batch, unreadable: Unreadable) -> None:
+    if batch.gone:
+        raise UserError(
+            f"the pictures in {unreadable.folder} can't be read any more: {batch.gone}. Bring the folder back (is its "
+            "disk mounted?) and go on with --resume auto."
+        )
+    unreadable.found.update((broken.row, broken) for broken in batch.unreadable)
 
 
 class TrainFeed:
@@ -149,7 +151,7 @@ class TrainFeed:
 
     Attributes:
         order: which image goes where.
-        unreadable: names and reasons of the pictures that were replaced on this process, growing.
+        unreadable: the pictures that were replaced on this process.
     """
 
     def __init__(
@@ -163,22 +165,23 @@ class TrainFeed:
         flip: Literal["none", "horizontal", "both"],
         workers: int,
         device: torch.device,
+        unreadable: Unreadable | None = None,
     ) -> None:
-        self.order, self.unreadable = order, set[str]()
+        self.order, self.unreadable = order, unreadable or Unreadable()
         self._normalise, self._flip, self._device = normalise, flip, device
         self._batches = _EpochBatches(order)
-        pictures = Pictures(rows, crop, augment, order.seed, replace_unreadable=True)
-        self._loader = _loader(pictures, self._batches, workers, device, keep_workers=True)
+        pictures = Pictures(rows, crop, augment, order.seed, replace_unreadable=True, folder=self.unreadable.folder)
+        self._loader = WorkerLoader(pictures, self._batches, workers, keep=True, pin=device.type == "cuda")
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Micro]:
         """The micro-batches of an epoch from optimizer step *first_step* on."""
         self._batches.epoch, self._batches.first_step = epoch, first_step
         for batch in self._loader:
-            self.unreadable.update(batch.unreadable)
+            _note(batch, self.unreadable)
             if len(batch.unreadable) >= REPLACEMENT_TRIES * len(batch.labels):
                 raise UserError(
                     f"none of {len(batch.unreadable)} training pictures in a row could be read; the last: "
-                    f"{batch.unreadable[-1]}"
+                    f"{batch.unreadable[-1]}. Check --data."
                 )
             yield self._to_device(batch)
 
@@ -189,19 +192,33 @@ class TrainFeed:
 
 
 class EvalFeed:
-    """Evaluation batches of this process: every image once over all processes, without augmentation."""
+    """Evaluation batches of this process: every image once over all processes, without augmentation.
+
+    Attributes:
+        unreadable: the pictures of weight 0 on this process; its check is made every `CHECK_EVERY` batches.
+    """
 
     def __init__(
-        self, rows: Any, order: EvalOrder, crop: Crop, normalise: Normalise, *, workers: int, device: torch.device
+        self,
+        rows: Any,
+        order: EvalOrder,
+        crop: Crop,
+        normalise: Normalise,
+        *,
+        workers: int,
+        device: torch.device,
+        unreadable: Unreadable | None = None,
     ) -> None:
-        self.order, self.unreadable = order, set[str]()
+        self.order, self.unreadable = order, unreadable or Unreadable()
         self._normalise, self._device = normalise, device
-        pictures = Pictures(rows, crop, "none", 0, replace_unreadable=False)
-        self._loader = _loader(pictures, _EvalBatches(order), workers, device, keep_workers=False)
+        pictures = Pictures(rows, crop, "none", 0, replace_unreadable=False, folder=self.unreadable.folder)
+        self._loader = WorkerLoader(pictures, _EvalBatches(order), workers, keep=False, pin=device.type == "cuda")
 
     def __iter__(self) -> Iterator[Micro]:
-        for batch in self._loader:
-            self.unreadable.update(batch.unreadable)
+        for number, batch in enumerate(self._loader, start=1):
+            _note(batch, self.unreadable)
+            if number % CHECK_EVERY == 0:  # as many batches on every process
+                self.unreadable.check()
             images = batch.images.to(self._device, non_blocking=True)
             yield _micro(self._normalise(images), batch, self._device)
 
@@ -217,11 +234,10 @@ class FeatureFeed:
     Args:
         features: ``(N, C)`` float32 on the device, row i for image i.
         labels: ``(N,)`` int64 on the device.
-        unreadable: names of the pictures whose row is another's.
     """
 
-    def __init__(self, features: Tensor, labels: Tensor, order: TrainOrder, unreadable: set[str]) -> None:
-        self.order, self.unreadable = order, unreadable
+    def __init__(self, features: Tensor, labels: Tensor, order: TrainOrder) -> None:
+        self.order = order
         self._features, self._labels = features, labels
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Micro]:

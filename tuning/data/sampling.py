@@ -87,6 +87,12 @@ class TrainOrder:
         """Real images of optimizer step *step* of an epoch, over all processes."""
         return min(self.batch.batch_size, self.images - step * self.batch.batch_size)
 
+    def rows(self, epoch: int, step: int) -> list[int]:
+        """Rows of the dataset in optimizer step *step* of an epoch, over all processes."""
+        start = step * self.batch.batch_size
+        order = epoch_order(self.images, self.seed, epoch)
+        return [int(row) for row in order[start : start + self.images_in(step)]]
+
     def micro_batches(self, epoch: int, first_step: int = 0) -> Iterator[list[Item]]:
         """This process's micro-batches of an epoch, from optimizer step *first_step* on, all of full size."""
         order = epoch_order(self.images, self.seed, epoch)

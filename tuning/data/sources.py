@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ class Data:
     """What a run trains on and is judged by.
 
     `train` and `eval` have two columns, `image` (`{'bytes', 'path'}`, never decoded) and `label` (an index into
-    `classes`, the one class map, from train). `notes` are sentences for the plan; `name` serves run folders.
+    `classes`, the one class map, from train). `notes` are sentences for the plan; `name` serves run folders; `folder`
+    is set where every picture is a file of its own below it.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Data:
     eval: Dataset
     classes: tuple[str, ...]
     notes: tuple[str, ...]
+    folder: str | None = None
 
 
 def open_data(
@@ -75,7 +77,7 @@ def open_data(
     train = _limit(train, limit_train, seed, "--limit-train", notes)
     judge = _limit(judge, limit_eval, seed, "--limit-eval", notes)
     _note_missing(train, judge, opened.classes, notes)
-    return Data(_short_name(data), train, judge, opened.classes, tuple(notes))
+    return Data(_short_name(data), train, judge, opened.classes, tuple(notes), opened.folder)
 
 
 def image_name(example: Mapping[str, Any], row: int | None = None) -> str:
@@ -122,7 +124,7 @@ def _ignored(
 
 
 def _with_notes(opened: Opened, notes: list[str]) -> Opened:
-    return Opened(opened.train, opened.eval, opened.classes, (*opened.notes, *notes))
+    return replace(opened, notes=(*opened.notes, *notes))
 
 
 def _nothing_found(folder: str, train_split: str | None, eval_split: str | None) -> Opened:

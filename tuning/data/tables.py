@@ -15,12 +15,16 @@ from tuning.data.splits import Indices
 
 @dataclass(frozen=True)
 class Opened:
-    """What one kind of source holds, before it is split and limited; `eval` is None where it has one part only."""
+    """What one kind of source holds, before it is split and limited; `eval` is None where it has one part only.
+
+    `folder` is set where every picture is a file of its own below it.
+    """
 
     train: Dataset
     eval: Dataset | None
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    folder: str | None = None
 
 
 def features(classes: Sequence[str]) -> Features:
