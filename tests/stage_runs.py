@@ -21,6 +21,7 @@ from tuning.losses import cross_entropy
 from tuning.models import build
 from tuning.plan import make_plan
 from tuning.progress import Progress
+from tuning.unreadable import UnreadablePictures
 
 PRESETS = Path(__file__).parents[1] / "recipes" / "presets"
 
@@ -31,7 +32,7 @@ class StageRun:
 
     Attributes:
         lrs: of every optimizer step, ``{group: learning rate}``.
-        losses: this process's part of every step's loss.
+        losses: of every step, over all processes.
         states: the model's state before the first stage and after each.
         opened: names of the parameters that each stage opened.
         metrics: of the evaluation after each stage.
@@ -73,12 +74,16 @@ def run_stages(*argv: str, threads: int = 1) -> StageRun:
     run, progress, entered = StageRun(states=[state_of(model)]), Progress(), None
     for number, planned in enumerate(plan):
         entered = enter_stage(accelerator, model, planned, before=entered)
-        feeds = stage_feeds(accelerator, entered, planned, data, info, seed=flags.run.seed, flip="both", workers=0)
+        unreadable = UnreadablePictures(accelerator, None, data, 1.0, resumed=False)
+        feeds = stage_feeds(accelerator, entered, planned, data, info, unreadable, flags.run.seed, "both", 0)
         for step in train_steps(accelerator, entered, feeds.train, loss, clip, progress, flags.run.seed):
             run.lrs.append(step.lrs)
             run.losses.append(float(step.loss))
         run.opened.append(open_names(model, planned.stage.open))
-        run.metrics.append(evaluate(accelerator, feeds.judged, feeds.evaluation, len(data.eval), len(data.classes)))
+        statistics = entered.statistics.values()
+        run.metrics.append(
+            evaluate(accelerator, feeds.judged, feeds.evaluation, len(data.eval), len(data.classes), statistics)
+        )
         run.states.append(state_of(model))
         run.grouped.append(_times_grouped(model, entered.optimizer))
         progress.stage, progress.stage_step = number + 1, 0

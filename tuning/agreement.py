@@ -2,28 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from tuning.errors import UserError
 
 
 class DriftError(RuntimeError):
     """Processes that should hold the same parameters don't."""
 
 
-def average_statistics(accelerator: Accelerator, model: nn.Module) -> None:
+def average_statistics(accelerator: Accelerator, statistics: Iterable[Tensor]) -> None:
     """Give every process the mean of the running statistics of norms, which training batches move apart.
 
-    Called before the statistics are used or saved: otherwise each process would evaluate, and rank 0 save, a slightly
-    different model. A running average is linear, so the moment of averaging changes no result.
+    Called before they are used: otherwise each process would evaluate, and rank 0 keep, a slightly different model. A
+    running average is linear, so the moment of averaging changes no result.
     """
-    if accelerator.num_processes == 1:
-        return
-    for module in (m for m in model.modules() if m.training):
-        # By buffer, not by class: timm's EvoNorm and its like are no subclasses of BatchNorm.
-        for name, statistics in module.named_buffers(recurse=False):
-            if name.startswith("running_"):
-                statistics.copy_(accelerator.reduce(statistics, reduction="mean"))
+    if accelerator.num_processes > 1:
+        for buffer in statistics:
+            buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
+
+
+def running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """``{name: buffer}`` of the running statistics that training batches move: those of norms in training mode."""
+    # By buffer, not by class: timm's EvoNorm and its like are no subclasses of BatchNorm.
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        if module.training
+        for name, buffer in module.named_buffers(recurse=False)
+        if name.startswith("running_")
+    }
+
+
+def refuse_different_steps(accelerator: Accelerator, found: int | None) -> None:
+    """Refuse to go on when processes have found different checkpoints: they don't see the same folder.
+
+    Args:
+        found: step of the checkpoint that this process has found; None without one.
+
+    Raises:
+        UserError: on every process, with the step of each.
+    """
+    steps = gather_object([found])
+    if len(set(steps)) > 1:
+        seen = ", ".join(f"process {rank}: {'none' if step is None else step}" for rank, step in enumerate(steps))
+        raise UserError(
+            f"--resume: the processes see checkpoints of different steps ({seen}). --output must be one folder that "
+            "all machines share."
+        )
 
 
 def refuse_drift(accelerator: Accelerator, model: nn.Module) -> None:

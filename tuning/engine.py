@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from tuning.clipping import Clip
 from tuning.data.loader import Feed, Micro
-from tuning.data.sampling import step_seed
+from tuning.data.sampling import TrainOrder, step_seed
 from tuning.entering import Entered
 from tuning.groups import set_lr
 from tuning.losses import Loss
+from tuning.optimizers import step_if
 from tuning.progress import Progress
 
 
@@ -30,9 +31,11 @@ class Step:
         step: optimizer steps completed in the run, this one included.
         epoch: passes over the data completed, as a fraction.
         images: images of this step, over all processes.
-        loss: this process's part of the mean loss over all images of the step; the sum over processes is the mean.
-            0-d, on the device.
-        grad_norm: norm of the gradient before clipping, the same on every process. 0-d, on the device.
+        order: which image goes where.
+        place: the epoch and the optimizer step within it (0 the first) in that order.
+        loss: mean loss over all images of the step, the same on every process. 0-d, on the device.
+        grad_norm: norm of the gradient before clipping, the same on every process; not finite if the step was left
+            out. 0-d, on the device.
         lrs: learning rate of every open group in this step.
         ends_epoch: the step completed a pass over the data.
         ends_stage: the step was the last of its stage.
@@ -41,11 +44,18 @@ class Step:
     step: int
     epoch: float
     images: int
+    order: TrainOrder
+    place: tuple[int, int]
     loss: Tensor
     grad_norm: Tensor
     lrs: dict[str, float]
     ends_epoch: bool
     ends_stage: bool
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows of the training data in this step, over all processes."""
+        return self.order.rows(*self.place)
 
 
 def train_steps(
@@ -54,7 +64,9 @@ def train_steps(
     """Train the stage from where *progress* stands to its end, yielding after every optimizer step.
 
     All processes take part in every step. *progress* is brought up to date before each yield, so what the caller saves
-    then is a clean boundary. Nothing here waits for the device.
+    then is a clean boundary. A step whose loss or gradient is not finite, on whichever process, is left out on all:
+    parameters, optimizer and running statistics stay as they were. Nothing here waits for the device, except as
+    `optimizers.step_if` says.
     """
     per_epoch = feed.order.steps_per_epoch
     total = entered.stage.steps(per_epoch)
@@ -67,8 +79,10 @@ def train_steps(
             images = feed.order.images_in(in_epoch)
             factor = entered.factor(progress.stage_step)
             set_lr(entered.optimizer.param_groups, factor)
-            mean_loss = _backward(accelerator, entered.wrapped, stream, loss, feed, images, seed, progress.step)
-            grad_norm = _update(accelerator, entered, clip)
+            before = [buffer.clone() for buffer in entered.statistics.values()]
+            mean_loss = _backward(accelerator, entered, stream, loss, feed, images, seed, progress.step)
+            grad_norm = _update(accelerator, entered, clip, mean_loss, before)
+            order, place = feed.order, (progress.epoch, in_epoch)
             ends_epoch = in_epoch == per_epoch - 1
             progress.step += 1
             progress.stage_step += 1
@@ -76,12 +90,13 @@ def train_steps(
             progress.epoch += ends_epoch
             epoch = progress.epoch + (0.0 if ends_epoch else (in_epoch + 1) / per_epoch)
             ends_stage = progress.stage_step == total
-            yield Step(progress.step, epoch, images, mean_loss, grad_norm, entered.lrs, ends_epoch, ends_stage)
+            lrs = entered.lrs
+            yield Step(progress.step, epoch, images, order, place, mean_loss, grad_norm, lrs, ends_epoch, ends_stage)
 
 
 def _backward(
     accelerator: Accelerator,
-    wrapped: nn.Module,
+    entered: Entered,
     stream: Iterator[Micro],
     loss: Loss,
     feed: Feed,
@@ -89,7 +104,7 @@ def _backward(
     seed: int,
     step: int,
 ) -> Tensor:
-    """Gradients of the mean loss over the step's *images* images, whatever the micro-batches and processes.
+    """Gradients of the mean loss over the step's *images* images, whatever the micro-batches and processes; the loss.
 
     Every micro-batch contributes (sum of its losses) / images; DDP averages over processes, so the sum over processes
     is restored by their number. Filler has weight 0. Gradients are exchanged in the last micro-batch only.
@@ -100,18 +115,34 @@ def _backward(
         micro = next(stream)
         torch.manual_seed(step_seed(seed, step, number, accelerator.process_index))
         last = number == micro_steps - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-            losses = loss(wrapped(micro.inputs), micro.labels)
+        with contextlib.nullcontext() if last else accelerator.no_sync(entered.wrapped):
+            losses = loss(entered.wrapped(micro.inputs), micro.labels)
             share = (losses * micro.weights).sum() / images
             accelerator.backward(share * accelerator.num_processes)
         total += share.detach()
-    return total
+    return accelerator.reduce(total, reduction="sum")  # type: ignore[no-any-return]
 
 
-def _update(accelerator: Accelerator, entered: Entered, clip: Clip) -> Tensor:
-    """Unscale, clip once, update; a step with infinite gradients under fp16 is left out by the scaler."""
+def _update(accelerator: Accelerator, entered: Entered, clip: Clip, mean_loss: Tensor, before: list[Tensor]) -> Tensor:
+    """Unscale, clip once, update if everything is finite; else put the running statistics back to *before*."""
+    _taint(entered.trained, mean_loss)
     accelerator.unscale_gradients(entered.optimizer)
     grad_norm = clip(entered.model).detach()
-    entered.optimizer.step()
+    finite = grad_norm.isfinite()
+    if entered.optimizer.scaler is not None:
+        entered.optimizer.step()  # the scaler looks at the gradients itself
+    else:
+        step_if(entered.optimizer.optimizer, finite)
     entered.optimizer.zero_grad()
+    for buffer, old in zip(entered.statistics.values(), before, strict=True):
+        buffer.copy_(torch.where(finite, buffer, old))
     return grad_norm
+
+
+def _taint(trained: nn.Module, mean_loss: Tensor) -> None:
+    """Make a gradient NaN if the loss is not finite, so that one check, the gradient scaler's too, serves both.
+
+    An infinite loss can have finite gradients: that of a logit at minus infinity.
+    """
+    gradient = next(p.grad for p in trained.parameters() if p.grad is not None)
+    gradient[(0,) * gradient.dim()].add_(mean_loss * 0)

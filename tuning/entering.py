@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
 
+from tuning.agreement import running_statistics
 from tuning.depth import closed_eval, freeze_batch_norm, open_names, set_open
 from tuning.groups import param_groups, set_peak_lrs
-from tuning.optimizers import create_optimizer
+from tuning.optimizers import create_optimizer, start_momentum
 from tuning.plan import StagePlan
 from tuning.stages import Stage
 
@@ -28,14 +30,16 @@ class Entered:
         wrapped: what to call in training: autocast and, with several processes, DDP around `trained`.
         optimizer: over all groups of `model`, closed ones included, so that its state keeps its shape.
         factor: optimizer step within the stage -> factor of every group's peak LR.
+        statistics: running statistics of norms that this stage moves, ``{name: buffer}``.
     """
 
     stage: Stage
     model: nn.Module
     trained: nn.Module
     wrapped: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: AcceleratedOptimizer
     factor: Callable[[int], float]
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
     def train_mode(self) -> None:
         """Training mode for open layers, evaluation mode for closed ones (their BatchNorm and dropout rest)."""
@@ -83,6 +87,8 @@ def enter_stage(
     factor = stage.factor(planned.steps_per_epoch)
     entered = Entered(stage, model, trained, wrapped, optimizer, factor)
     entered.train_mode()
+    entered.statistics = running_statistics(model)
+    start_momentum(optimizer.optimizer)
     return entered
 
 

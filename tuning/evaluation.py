@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tuning.agreement import average_statistics
+from tuning.checkpoint import ema_statistics
 from tuning.data.loader import Micro
+from tuning.entering import Entered, HeadOnly
 from tuning.errors import UserError
 from tuning.losses import cross_entropy
 from tuning.metrics import classification_metrics, rank_classes
 
 
+def judges(
+    entered: Entered, judged: nn.Module, ema: nn.Module | None
+) -> Iterator[tuple[str, nn.Module, Iterable[Tensor]]]:
+    """Whose metrics are taken: name, what to evaluate, and the running statistics to average over processes first.
+
+    Args:
+        judged: the raw model, or its head on cached features.
+        ema: the model with averaged weights, where there is one.
+    """
+    yield "eval", judged, entered.statistics.values()
+    if ema is not None:
+        averaged = HeadOnly(ema) if entered.stage.cache_features else ema
+        yield "eval_ema", averaged, ema_statistics(ema, entered).values()
+
+
 def evaluate(
-    accelerator: Accelerator, model: nn.Module, feed: Iterable[Micro], images: int, classes: int
+    accelerator: Accelerator,
+    model: nn.Module,
+    feed: Iterable[Micro],
+    images: int,
+    classes: int,
+    statistics: Iterable[Tensor] = (),
 ) -> dict[str, float]:
     """Metrics over all *images* images, the same numbers on every process; leaves the model in evaluation mode.
 
@@ -27,11 +49,12 @@ def evaluate(
         model: the raw model (or a head on cached features).
         feed: this process's part, as dealt out by `EvalOrder`: equally long on every process, filler at weight 0.
         images: images of the whole evaluation set.
+        statistics: running statistics of *model* that training has moved apart; averaged over processes first.
 
     Raises:
         UserError: not one picture could be read.
     """
-    average_statistics(accelerator, model)
+    average_statistics(accelerator, statistics)
     model.eval()
     loss = cross_entropy()
     parts: list[tuple[Tensor, ...]] = []

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from timm.optim._optim_factory import create_optimizer_v2, get_optimizer_class, list_optimizers
+from torch import Tensor
 
 from tuning.errors import UserError, did_you_mean
 
@@ -29,6 +30,36 @@ def create_optimizer(name: str, groups: list[dict[str, Any]], momentum: float) -
     fused: dict[str, Any] = {"fused": True} if "fused" in accepted else {}
     copies = [dict(group) for group in groups]  # the optimizer writes into what it is given
     return create_optimizer_v2(copies, opt=name, lr=copies[-1]["lr"], momentum=momentum, **fused)
+
+
+def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """Update the parameters if *finite* (0-d bool, on the device) holds, else leave the step out as if it never was.
+
+    torch's fused optimizers decide on the device. Others are decided on the host, which waits for the device.
+    """
+    if _decides_on_device(optimizer):
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    elif finite:
+        optimizer.step()
+
+
+def start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give open parameters under fused SGD the momentum 0 that they begin with.
+
+    torch allocates it uninitialised in the first step and leaves it so when that step is left out.
+    """
+    if not isinstance(optimizer, torch.optim.SGD) or not _decides_on_device(optimizer):
+        return
+    for group in optimizer.param_groups:
+        for parameter in (p for p in group["params"] if group["momentum"] and p.requires_grad):
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _decides_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
 def check_optimizer(name: str) -> None:

@@ -9,7 +9,7 @@ from ranks import run_ranks
 from timm.layers import EvoNorm2dB0
 from torch import Tensor, nn
 
-from tuning.agreement import DriftError, average_statistics, refuse_drift
+from tuning.agreement import DriftError, average_statistics, refuse_drift, running_statistics
 
 
 def network() -> nn.Sequential:
@@ -66,7 +66,7 @@ def averaged(training: bool) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         if "running_" in name:
             tensor.fill_(accelerator.process_index + 1)
-    average_statistics(accelerator, model)
+    average_statistics(accelerator, running_statistics(model).values())
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import json
+from collections import deque
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -21,13 +23,13 @@ from tuning.data.loader import FeatureFeed
 from tuning.data.sampling import TrainOrder
 from tuning.engine import Step, train_steps
 from tuning.entering import Entered, enter_stage
-from tuning.losses import cross_entropy
+from tuning.errors import UserError
+from tuning.losses import Loss, cross_entropy
+from tuning.numerical_faults import NumericalFaults
 from tuning.plan import make_plan
 from tuning.progress import Progress
-from tuning.run_folder import RunFolder
 from tuning.sizes import plan_batch
 from tuning.stages import Stage, standard_stages
-from tuning.track import Curves
 
 IMAGES, CLASSES, SIZE = 13, 3, 32
 ROOT = Path(__file__).parents[2]
@@ -67,7 +69,12 @@ def network(name: str = "test_vit") -> nn.Module:
 def enter(accelerator: Accelerator, model: nn.Module, chosen: Stage, micro: int) -> tuple[Entered, FeatureFeed]:
     (planned,) = make_plan([chosen], model, train_images=IMAGES, world_size=1, micro_batch=micro, image_size=SIZE)
     order = TrainOrder(IMAGES, 0, plan_batch(chosen.batch_size, micro, 1, IMAGES), 0)
-    return enter_stage(accelerator, model, planned), FeatureFeed(*pictures(), order, set())
+    return enter_stage(accelerator, model, planned), FeatureFeed(*pictures(), order)
+
+
+def counter(folder: Path, limit: int) -> NumericalFaults:
+    rows = [{"image": {"bytes": None, "path": f"{row}.jpg"}} for row in range(IMAGES)]
+    return NumericalFaults(limit, folder, rows, writes=True)  # type: ignore[arg-type]
 
 
 def train(model: nn.Module, chosen: Stage, micro: int, clip_norm: float = 0.0) -> list[Step]:
@@ -132,17 +139,12 @@ def test_scaler_skips_and_counts_infinite_gradients(tmp_path: Path) -> None:
         factor = float("inf") if next(calls) == 3 else 1.0  # second step, second micro-batch
         return cross_entropy()(logits, labels) * factor
 
-    folder, progress, states = RunFolder(tmp_path), Progress(), [copy.deepcopy(model.state_dict())]
-    curves = Curves(accelerator, folder, None, every=1000)
-    norms = []
+    progress, states = Progress(), [copy.deepcopy(model.state_dict())]
+    faults, norms = counter(tmp_path, limit=10), []
     for step in train_steps(accelerator, entered, feed, loss, clipping(0.0, None, None), progress, 0):
         states.append(copy.deepcopy(model.state_dict()))
         norms.append(float(step.grad_norm))
-        if step.step != 2:
-            curves.add(step, progress)
-        else:
-            curves._steps.append((step.__class__(**{**vars(step), "loss": torch.zeros(())}), 0))
-    curves.flush(progress)
+        faults.count(step, float(step.loss), norms[-1], progress)
     moved = [any(not torch.equal(a[k], b[k]) for k in a) for a, b in pairwise(states)]
     assert moved == [True, False, True, True]
     assert progress.skipped == 1
@@ -209,3 +211,81 @@ def test_break_and_go_on_is_the_same_run() -> None:
             if step.step % 3 == 0:
                 break
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+def loss_with(faults: dict[int, float]) -> Loss:
+    """Cross-entropy, but for the forward passes in *faults*, whose losses are multiplied by the number there."""
+    calls = iter(range(1000))
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy()(logits, labels) * faults.get(next(calls), 1.0)
+
+    return loss
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lamb"])
+@pytest.mark.parametrize("bad", [0, 5])
+def test_a_step_that_is_not_finite_leaves_no_trace(optimizer: str, bad: int) -> None:
+    """Skipped at the very first step too, where torch's fused SGD would leave a momentum that was never written."""
+    chosen = stage(optimizer=optimizer, momentum=0.9, lr=1e-2, batch_norm="train", epochs=2)
+    states = []
+    for fault in (float("nan"), float("inf")):
+        model, accelerator = network("test_efficientnet"), Accelerator()
+        entered, feed = enter(accelerator, model, chosen, 4)
+        assert entered.statistics
+        steps = train_steps(
+            accelerator, entered, feed, loss_with({bad: fault}), clipping(1.0, None, None), Progress(), 0
+        )
+        after = [everything(model, entered)]
+        finite = []
+        for step in steps:
+            after.append(everything(model, entered))
+            finite.append(bool(step.grad_norm.isfinite() & step.loss.isfinite()))
+        assert [n for n, ok in enumerate(finite) if not ok] == [bad]
+        assert [n for n in range(1, 8) if same(after[n], after[n + 1])] == [bad] * (bad > 0)
+        states.append(after[-1])
+    assert same(*states)
+    assert all(tensor.isfinite().all() for tensor in states[0])
+
+
+def everything(model: nn.Module, entered: Entered) -> list[Tensor]:
+    """Copies of parameters, running statistics and the optimizer's tensors."""
+    counters = "num_batches_tracked"  # changes nothing where a momentum is given
+    state = [tensor for name, tensor in model.state_dict().items() if not name.endswith(counters)]
+    kept = [value for slots in entered.optimizer.state.values() for value in slots.values()]
+    return [tensor.clone() for tensor in (*state, *kept) if isinstance(tensor, Tensor)]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_an_infinite_loss_with_finite_gradients_is_left_out_too() -> None:
+    model, accelerator = network(), Accelerator()
+    entered, feed = enter(accelerator, model, stage(), 4)
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy()(logits, labels) + float("inf")
+
+    before = everything(model, entered)
+    step = next(train_steps(accelerator, entered, feed, loss, clipping(0.0, None, None), Progress(), 0))
+    assert not step.grad_norm.isfinite()
+    assert same(before, everything(model, entered))
+
+
+def test_too_many_in_a_row_end_the_run_with_their_images(tmp_path: Path) -> None:
+    model, accelerator, progress = network(), Accelerator(), Progress(stage=1)
+    entered, feed = enter(accelerator, model, stage(epochs=3), 4)
+    loss = loss_with({n: float("nan") for n in (1, 4, 5, 6)})
+    faults = counter(tmp_path / "faults", limit=3)
+    steps = train_steps(accelerator, entered, feed, loss, clipping(0.0, None, None), progress, 0)
+    with pytest.raises(UserError, match=r"3 optimizer steps in a row.*first step 5 in stage 1") as caught:
+        deque(faults.count(step, float(step.loss), float(step.grad_norm), progress) for step in steps)
+    assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (7, 4, 3)
+    (path,) = (tmp_path / "faults").iterdir()
+    assert str(path) in str(caught.value)
+    seen = json.loads(path.read_text())
+    assert (seen["step"], seen["epoch"], seen["stage"], seen["loss"]) == (5, 1, 1, "nan")
+    drawn = [item.row for item in next(feed.order.micro_batches(1)) if item.weight]
+    assert seen["images"] == [f"{row}.jpg" for row in drawn]
+    assert seen["lr"] == dict.fromkeys(seen["lr"], 0.1)
