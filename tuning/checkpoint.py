@@ -1,124 +1,108 @@
-"""Saving and loading the state of a run: complete or absent, never half.
+"""Checkpoints on disk: complete or absent, never half; checked by digest, and read without executing code from them.
 
-A checkpoint is written into a temporary folder, its manifest last, and renamed into place; older ones are pruned only
-then. Everything is loaded without executing code from the files.
+`tuning.saving` writes them; this module finds, checks, loads and prunes them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tuning.agreement import average_statistics
 from tuning.entering import Entered
 from tuning.errors import UserError
 from tuning.progress import Progress
 
 MANIFEST = "manifest.json"
-WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.pt"
+WEIGHTS, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.pt"
+EMA_PREFIX = "ema/"  # of names of statistics
+FORMAT = 1
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk, known to be readable."""
+    """A complete checkpoint on disk, known to be readable.
+
+    Attributes:
+        folder: holds the files.
+        progress: where the run stood.
+        world_size: processes that made it.
+        facts: what else its manifest says: versions, threads, digest of the flags.
+    """
 
     folder: Path
     progress: Progress
     world_size: int
+    facts: Mapping[str, Any]
 
 
-def save(accelerator: Accelerator, run: Path, entered: Entered, progress: Progress, keep: int) -> Path:
-    """Write ``checkpoints/step-XXXXXXXX`` and prune to the newest *keep*. All processes call it; rank 0 writes.
-
-    Returns:
-        the folder of the checkpoint.
-    """
-    average_statistics(accelerator, entered.model)
-    folder = run / "checkpoints" / f"step-{progress.step:08d}"
-    if accelerator.is_main_process:
-        temporary = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(tensors_of(entered.model), temporary / WEIGHTS)
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        torch.save({"optimizer": entered.optimizer.state_dict(), "scaler": scaler}, temporary / OPTIMIZER)
-        manifest = {"progress": progress.to_json(), "world_size": accelerator.num_processes}
-        _finish(temporary, manifest)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-        _sync_folder(folder.parent)
-        _prune(folder.parent, keep)
-    accelerator.wait_for_everyone()
-    return folder
+def checkpoints(run: Path) -> Path:
+    """The folder of a run's checkpoints."""
+    return run / "checkpoints"
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state on the CPU, tied tensors as copies of their own (safetensors stores no aliases)."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+def name_of(step: int) -> str:
+    """Name of the checkpoint after *step* optimizer steps."""
+    return f"step-{step:08d}"
 
 
-def _finish(folder: Path, manifest: dict[str, Any]) -> None:
-    """Flush every file to the disk, then write the manifest that lists them."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(folder.iterdir())}
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "files": files}, indent=1), encoding="utf-8")
-    for path in folder.iterdir():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    if hasattr(os, "O_DIRECTORY"):  # Windows can't open a folder
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        os.fsync(handle)
-        os.close(handle)
+def sealed(manifest: Mapping[str, Any]) -> str:
+    """Text of a ``manifest.json`` with a digest of itself: no digit of it can change unseen."""
+    return json.dumps({**manifest, "sha256": _digest_of(manifest)}, indent=1)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+def _digest_of(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def forget_after(run: Path, step: int) -> None:
-    """Remove checkpoints beyond *step*, which the run has gone back behind: damaged ones, or another continuation."""
-    for folder in (run / "checkpoints").glob("step-*"):
-        if int(folder.name.removeprefix("step-")) > step:
-            shutil.rmtree(folder)
+def find(run: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint that ``--resume`` means, and what is wrong with newer ones that were passed over.
 
-
-def find(run: Path, resume: str) -> Checkpoint | None:
-    """The checkpoint that ``--resume`` means: None for never, or for auto without one.
-
-    A damaged checkpoint is passed over by ``auto``.
+    Returns:
+        the checkpoint, None for never or for auto without a good one; a sentence for every damaged one.
 
     Raises:
         UserError: the given path holds no complete checkpoint.
     """
     if resume == "never":
-        return None
+        return None, []
     if resume != "auto":
-        return read(Path(resume))
-    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+        return read(Path(resume)), []
+    damaged: list[str] = []
+    for folder in _newest_first(run):
         try:
-            return read(folder)
-        except UserError:
-            continue
-    return None
+            return read(folder), damaged
+        except UserError as error:
+            damaged.append(str(error))
+    return None, damaged
+
+
+def refuse_other_config(found: Checkpoint | None, facts: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that was made under other flags than ``config.yaml`` now says.
+
+    Raises:
+        UserError: names the checkpoint.
+    """
+    if found is not None and found.facts.get("config_sha256") != facts["config_sha256"]:
+        raise UserError(
+            f"--resume: {found.folder} was made under other flags than the run's config.yaml says. Put that back, or "
+            "start a new run in another --output."
+        )
 
 
 def read(folder: Path) -> Checkpoint:
@@ -129,26 +113,73 @@ def read(folder: Path) -> Checkpoint:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files, progress = manifest["files"], Progress.from_json(manifest["progress"])
-    except (OSError, ValueError, KeyError, TypeError):
+        if manifest.pop("sha256") != _digest_of(manifest):
+            raise ValueError
+        files = {str(name): (int(file["bytes"]), str(file["sha256"])) for name, file in manifest["files"].items()}
+        progress, world_size = Progress.from_json(manifest["progress"]), int(manifest["world_size"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise UserError(
-            f"--resume {folder}: no complete checkpoint there. Use --resume auto for the newest one."
+            f"{folder} is no complete checkpoint: {MANIFEST} is missing or damaged. --resume auto takes the newest "
+            "good one."
         ) from None
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != expected["bytes"] or _digest(path) != expected["sha256"]:
-            raise UserError(
-                f"--resume {folder}: {name} is missing or damaged. Use --resume auto for the newest good one."
-            )
-    return Checkpoint(folder, progress, manifest["world_size"])
+    for name in (WEIGHTS, OPTIMIZER, *files):
+        if name not in files or not _is_intact(folder / name, *files[name]):
+            raise UserError(f"{folder}: {name} is missing or damaged. --resume auto takes the newest good one.")
+    return Checkpoint(folder, progress, world_size, manifest)
 
 
-def load(accelerator: Accelerator, checkpoint: Checkpoint, entered: Entered) -> None:
+def _is_intact(path: Path, size: int, sha256: str) -> bool:
+    try:
+        return path.stat().st_size == size and digest(path) == sha256
+    except (OSError, ValueError):
+        return False
+
+
+def _newest_first(run: Path) -> list[Path]:
+    """Folders that are named like checkpoints; others are somebody else's."""
+    folders = [path for path in checkpoints(run).glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def prune(run: Path, keep: int, best: int | None) -> None:
+    """Remove all checkpoints but the newest *keep* and that of step *best*.
+
+    Each is renamed before it is removed, so that a kill in between leaves nothing that looks like a checkpoint.
+    """
+    for old in _newest_first(run)[keep:]:
+        if best is None or old.name != name_of(best):
+            remove(old)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; it is complete or gone at any moment."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Remove what the run has gone back behind, damaged or of another continuation, and what a kill left half done."""
+    for folder in _newest_first(run):
+        if int(folder.name.removeprefix("step-")) > step:
+            remove(folder)
+    for half in checkpoints(run).glob(".step-*"):
+        shutil.rmtree(half, ignore_errors=True)
+
+
+def load(accelerator: Accelerator, checkpoint: Checkpoint, entered: Entered, ema: nn.Module | None = None) -> None:
     """Put the saved state into a model that has already entered the saved stage. All processes load.
 
-    Learning rates and weight decay stay those of the stage: the optimizer's file would bring its own back.
+    Learning rates and weight decay stay those of the stage: the optimizer's file would bring its own back. Every
+    process gets its own running statistics of norms, or their mean where the number of processes has changed.
+
+    Args:
+        ema: the model with averaged weights, where the run has one.
     """
     entered.model.load_state_dict(load_file(checkpoint.folder / WEIGHTS))
+    if ema is not None:
+        ema.load_state_dict(load_file(checkpoint.folder / EMA))
     state = torch.load(checkpoint.folder / OPTIMIZER, map_location="cpu", weights_only=True)
     rates = [{key: group[key] for key in ("peak_lr", "weight_decay")} for group in entered.optimizer.param_groups]
     entered.optimizer.load_state_dict(state["optimizer"])
@@ -156,3 +187,15 @@ def load(accelerator: Accelerator, checkpoint: Checkpoint, entered: Entered) -> 
         group.update(rate)
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
+    if checkpoint.world_size == accelerator.num_processes:
+        moved = {**entered.statistics, **ema_statistics(ema, entered)}
+        for name, of_all in state["statistics"].items():
+            moved[name].copy_(of_all[accelerator.process_index])
+
+
+def ema_statistics(ema: nn.Module | None, entered: Entered) -> dict[str, Tensor]:
+    """The running statistics that training moves, as the model with averaged weights has them."""
+    if ema is None:
+        return {}
+    buffers = dict(ema.named_buffers())
+    return {f"{EMA_PREFIX}{name}": buffers[name] for name in entered.statistics}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.data.config import resolve_model_data_config
 from timm.layers.patch_embed import PatchEmbed
@@ -118,6 +120,19 @@ def check_image_size(model: nn.Module, name: str, image_size: int, cfg: Mapping[
             module.training = mode
 
 
+def keep_best(model: nn.Module, info: ModelInfo, classes: Sequence[str], folder: Path) -> bool:
+    """`save_timm_folder`, or False and a warning when the disk refuses; what was there before is intact then."""
+    try:
+        save_timm_folder(model, info, classes, folder)
+    except (OSError, SafetensorError) as error:
+        for part in folder.glob("*.part"):
+            part.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error)
+        print(f"warning: the best weights could not be written to {folder} ({reason}).", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
 def save_timm_folder(
     model: nn.Module,
     info: ModelInfo,
@@ -139,6 +154,8 @@ def save_timm_folder(
     text = json.dumps(_config(model, info, classes), indent=2, ensure_ascii=False)
     (folder / "config.json.part").write_text(text + "\n", encoding="utf-8")
     for file in ("model.safetensors", "config.json"):
+        with (folder / f"{file}.part").open("rb+") as written:
+            os.fsync(written.fileno())
         os.replace(folder / f"{file}.part", folder / file)
 
 

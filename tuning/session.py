@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from typing import Literal
+import time
+from datetime import timedelta
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -13,17 +15,20 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     broadcast_object_list,
 )
 
 from tuning.errors import UserError
+from tuning.heartbeat import start_heartbeat
 
 Precision = Literal["fp32", "bf16", "fp16"]
+T = TypeVar("T")
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def start(precision: Precision | None, threads: int | Literal["auto"]) -> Accelerator:
+def start(precision: Precision | None, threads: int | Literal["auto"], timeout: float = 10.0) -> Accelerator:
     """The accelerator that every recipe works with, on one process or many.
 
     Gradient accumulation is the engine's own (`tuning.engine`), so the accelerator's stays at 1.
@@ -31,6 +36,7 @@ def start(precision: Precision | None, threads: int | Literal["auto"]) -> Accele
     Args:
         precision: overrides the launcher's ``--mixed_precision``.
         threads: CPU threads per process, when training on a CPU.
+        timeout: minutes that processes wait for one another in an exchange.
 
     Raises:
         UserError: a precision that this hardware would silently run as another, or a launcher that shards the model.
@@ -42,6 +48,7 @@ def start(precision: Precision | None, threads: int | Literal["auto"]) -> Accele
             # find_unused_parameters would hide a parameter that never gets a gradient; buffers are averaged before
             # they are used or saved (`tuning.agreement`), not overwritten with rank 0's at every forward pass.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            InitProcessGroupKwargs(backend=None, timeout=_waiting_time(timeout)),
         ],
     )
     if accelerator.distributed_type not in SUPPORTED:
@@ -49,12 +56,18 @@ def start(precision: Precision | None, threads: int | Literal["auto"]) -> Accele
             f"{accelerator.distributed_type.value} is not supported: stages would not be opened and closed correctly "
             "under it. Use plain data parallelism (accelerate launch --multi_gpu)."
         )
+    start_heartbeat(timeout, start=str(same_everywhere(time.time_ns())))
     if accelerator.device.type == "cpu":
         keep_freed_memory()
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         # `accelerate launch` sets one thread where nobody asked for it.
         torch.set_num_threads(max(1, cpu_cores() // local_processes) if threads == "auto" else threads)
     return accelerator
+
+
+def _waiting_time(minutes: float) -> timedelta:
+    """*minutes*, and a microsecond: the accelerator passes on only what differs from its own default, ten minutes."""
+    return timedelta(minutes=minutes, microseconds=1)
 
 
 def _checked_precision(precision: Precision | None) -> Precision:
@@ -106,9 +119,9 @@ def keep_freed_memory() -> None:
     libc.mallopt(m_top_pad, 256 * 2**20)
 
 
-def same_everywhere(value: float) -> float:
+def same_everywhere(value: T) -> T:
     """Rank 0's value, on every process."""
-    return float(broadcast_object_list([value])[0])
+    return broadcast_object_list([value])[0]  # type: ignore[no-any-return]
 
 
 def precision_name(accelerator: Accelerator) -> Precision:

@@ -1,0 +1,59 @@
+"""What every recipe begins with: the data, the model that fits it, and the plan of the stages."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from torch import nn
+
+from tuning.command_line import Command
+from tuning.data.sources import Data, open_data
+from tuning.flags import Flags
+from tuning.head_fit import linear_classifier
+from tuning.models import ModelInfo, build, check_image_size
+from tuning.plan import StagePlan, make_plan
+
+
+def data_and_model(accelerator: Accelerator, flags: Flags) -> tuple[Data, nn.Module, ModelInfo]:
+    """Open the data and build the raw model for its classes, on the accelerator's device. All processes take part.
+
+    Raises:
+        UserError: from `open_data` and `build`.
+    """
+    with accelerator.local_main_process_first():  # the others find its cache
+        data = open_data(**vars(flags.data), seed=flags.run.seed)
+    model, info = build(
+        flags.model.model,
+        classes=data.classes,
+        weights=flags.model.weights,
+        head_init="default" if flags.model.head_init == "fitted" else flags.model.head_init,
+        init=flags.model.init,
+        drop_rate=flags.model.drop_rate,
+        drop_path_rate=flags.model.drop_path_rate,
+        image_size=flags.model.image_size,
+        crop_pct=flags.model.crop_pct,
+        seed=flags.run.seed,
+    )
+    return data, model.to(accelerator.device), info
+
+
+def plan_stages(
+    accelerator: Accelerator, command: Command, data: Data, model: nn.Module, info: ModelInfo
+) -> tuple[StagePlan, ...]:
+    """One plan a stage: steps, batches, peak learning rates.
+
+    Raises:
+        UserError: a depth, batch, image size or head that this model or data doesn't have.
+    """
+    plan = make_plan(
+        command.stages,
+        model,
+        train_images=len(data.train),
+        world_size=accelerator.num_processes,
+        micro_batch=command.flags.batch.micro_batch,
+        image_size=info.input_size,
+    )
+    for planned in plan:
+        check_image_size(model, info.name, planned.image_size)
+    if command.flags.model.head_init == "fitted":
+        linear_classifier(model)
+    return plan
