@@ -18,64 +18,45 @@ from tuning.command_line import Command, run_recipe
 def finetune(command: Command) -> None:
     """Fine-tune any timm backbone in stages. Without flags: the demo, on photos of solar cells."""
     # The flags are known to be right by now; only here torch is imported.
-    from tuning import checkpoint, plots, run_folder, session
+    from timm.utils import ModelEmaV3
+
+    from tuning import checkpoint, interrupts, plots, resuming, session
     from tuning.agreement import refuse_drift
     from tuning.clipping import clipping
     from tuning.console import Speaker
-    from tuning.data.sources import open_data
     from tuning.data.tables import label_array
+    from tuning.echoes import first_error
     from tuning.engine import train_steps
     from tuning.entering import enter_stage
-    from tuning.evaluation import evaluate
+    from tuning.evaluation import evaluate, judges
     from tuning.feeds import StageFeeds, plain_feed, stage_feeds
-    from tuning.head_fit import fit_head, linear_classifier
+    from tuning.head_fit import fit_head
+    from tuning.heartbeat import beat
     from tuning.losses import balanced_weights, cross_entropy
-    from tuning.models import build, check_image_size, save_timm_folder
-    from tuning.plan import StagePlan, make_plan
-    from tuning.progress import Progress
-    from tuning.summary import better, failure_noted, make_summary
+    from tuning.models import keep_best
+    from tuning.numerical_faults import NumericalFaults
+    from tuning.plan import StagePlan
+    from tuning.preparing import data_and_model, plan_stages
+    from tuning.saving import Saver
+    from tuning.stopping import Boundary, end_run
+    from tuning.summary import better, failure_noted, is_done, make_summary
     from tuning.track import Curves, check_tracker, described, open_tracker, tracker_id
+    from tuning.unreadable import UnreadablePictures
 
     flags, run, started = command.flags, command.flags.run, time.time()
 
     # 1. Session: device, processes, precision. Every line below runs on every process.
-    accelerator = session.start(run.precision, run.threads)
+    accelerator = session.start(run.precision, run.threads, run.timeout)
     speaker = Speaker(accelerator.is_main_process)
 
     # 2. Data and model.
-    with accelerator.local_main_process_first():  # the others find its cache
-        data = open_data(**vars(flags.data), seed=run.seed)
-    model, info = build(
-        flags.model.model,
-        classes=data.classes,
-        weights=flags.model.weights,
-        head_init="default" if flags.model.head_init == "fitted" else flags.model.head_init,
-        init=flags.model.init,
-        drop_rate=flags.model.drop_rate,
-        drop_path_rate=flags.model.drop_path_rate,
-        image_size=flags.model.image_size,
-        crop_pct=flags.model.crop_pct,
-        seed=run.seed,
-    )
-    model.to(accelerator.device)
+    data, model, info = data_and_model(accelerator, flags)
 
     # 3. The plan, before anything is spent.
-    plan = make_plan(
-        command.stages,
-        model,
-        train_images=len(data.train),
-        world_size=accelerator.num_processes,
-        micro_batch=flags.batch.micro_batch,
-        image_size=info.input_size,
-    )
-    for planned in plan:
-        check_image_size(model, info.name, planned.image_size)
-    if flags.model.head_init == "fitted":
-        linear_classifier(model)
+    plan = plan_stages(accelerator, command, data, model, info)
     check_tracker(run.tracker)
-    folder = run_folder.choose(run.output, run.resume, info.name, data.name, session.same_everywhere(started))
-    run_folder.refuse_other_run(folder, run.resume, command.config)
-    found = checkpoint.find(folder.path, run.resume)
+    start = resuming.locate(accelerator, run, command.config, info.name, data.name, started)
+    folder = start.folder
     speaker.show_plan(plan, data, info, accelerator, folder, best_by=run.best_by)
     if run.dry_run:
         if accelerator.is_main_process:
@@ -84,25 +65,23 @@ def finetune(command: Command) -> None:
         return
 
     # 4. Where we are: at the start, or where an earlier run stopped.
-    progress = found.progress if found else Progress()
+    progress, found = start.progress, start.found
     earlier_seconds, last_step = progress.seconds, min(sum(p.steps for p in plan), run.max_steps or 2**63)
-    if progress.step >= last_step and folder.summary.exists():
+    if progress.step >= last_step and is_done(folder):
         speaker.say(f"Nothing left to do: the run in {folder.path} has made its {progress.step:,} steps.")
         return
-    accelerator.wait_for_everyone()  # all have looked at the folder before rank 0 writes into it
+    resuming.take_up(accelerator, start, command.config, data)
+    unreadable = UnreadablePictures(accelerator, folder.path, data, run.max_unreadable, resumed=found is not None)
+    speaker.say_resumed(start, accelerator.num_processes)
     if accelerator.is_main_process:
-        folder.create(command.config)
-        run_folder.forget_lines_after(folder.metrics, progress.step)
-        checkpoint.forget_after(folder.path, progress.step)
         plots.draw_schedule(plan, folder.plots / "schedule.png")
-    if found:
-        speaker.say_resumed(found, accelerator.num_processes)
 
     # 5. Tracking: metrics.jsonl always, W&B or TensorBoard beside it.
     shown = described(command, accelerator)
-    tracker = open_tracker(accelerator, run.tracker, folder, run.project, run.run_name, shown, progress.tracker_id)
+    tracker = open_tracker(accelerator, run, folder, shown, progress)
     progress.tracker_id = tracker_id(accelerator, tracker)
-    curves = Curves(accelerator, folder, tracker, run.log_every)
+    faults = NumericalFaults(run.max_skipped, folder.path / "faults", data.train, accelerator.is_main_process)
+    curves = Curves(accelerator, folder, tracker, run.log_every, faults, progress.step)
 
     # 6. Training: one `for` over stages, one over optimizer steps.
     classes, regularisation = len(data.classes), flags.regularisation
@@ -111,61 +90,91 @@ def finetune(command: Command) -> None:
     loss = cross_entropy(regularisation.label_smoothing, class_weights)
     clip = clipping(flags.optimisation.clip_norm, flags.optimisation.clip_value, flags.optimisation.clip_agc)
     workers = session.loader_workers(accelerator, flags.batch.workers)
+    decay = regularisation.ema_decay
+    ema = ModelEmaV3(model, decay, use_warmup=True) if decay else None
+    averaged = ema.module if ema else None
+    best_of, best_model = ("eval_ema", averaged) if averaged and run.best_of != "raw" else ("eval", model)
+    saver = Saver(accelerator, folder.path, run.keep, start.facts, stop_on_error=run.save_errors == "stop")
+    boundary = Boundary(accelerator, folder.path, started, run.stop_after, run.save_every, saver.must_stop)
 
-    def judge(feeds: StageFeeds, planned: StagePlan, stage: str, epoch: float) -> None:
+    def judge(feeds: StageFeeds, planned: StagePlan, stage: str) -> None:
         """Evaluate, and keep the weights if they are the best so far."""
         curves.flush(progress)
-        metrics = evaluate(accelerator, feeds.judged, feeds.evaluation, len(data.eval), classes)
-        curves.write_evaluation(metrics, epoch, progress)
-        speaker.say_evaluation(stage, epoch, metrics, curves.latest)
-        if better(metrics[run.best_by], progress.best, run.best_by):
-            progress.best = metrics[run.best_by]
-            if accelerator.is_main_process:
-                save_timm_folder(model, replace(info, input_size=planned.image_size), data.classes, folder.model)
+        judged = {}
+        for whose, judge_this, statistics in judges(entered, feeds.judged, averaged):
+            pictures = boundary.watch(feeds.evaluation)
+            judged[whose] = evaluate(accelerator, judge_this, pictures, len(data.eval), classes, statistics)
+        progress.due = False
+        epoch = progress.epoch + progress.stage_step % planned.steps_per_epoch / planned.steps_per_epoch
+        curves.write_evaluation(judged, epoch, progress)
+        speaker.say_evaluation(stage, epoch, judged, curves.latest)
+        reached = judged[best_of][run.best_by]
+        unreadable.check()
+        if better(reached, progress.best, run.best_by):
+            at_size = replace(info, input_size=planned.image_size)
+            if not accelerator.is_main_process or keep_best(best_model, at_size, data.classes, folder.model):
+                progress.best, progress.best_step = reached, progress.step
 
     def save() -> None:
-        """Write a checkpoint from which the run can go on."""
+        """Begin to write a checkpoint from which the run can go on; a thread finishes it."""
         curves.flush(progress)
         progress.seconds = earlier_seconds + time.time() - started
-        checkpoint.save(accelerator, folder.path, entered, progress, run.keep)
+        saver.save(entered, progress, averaged, first=curves.sync)
+        boundary.saved()
 
+    judge_first = found is not None and (progress.due or progress.step == last_step)
     entered = None
-    with speaker, failure_noted(folder, accelerator.is_main_process):
-        while progress.step < last_step:
+    accelerator.wait_for_everyone()
+    interrupts.hold()  # from here on there is something to lose: a signal waits for the next boundary
+    with speaker, failure_noted(folder, accelerator.is_main_process), saver, first_error():
+        while progress.step < last_step or judge_first:
             planned = plan[progress.stage]
             entered = enter_stage(accelerator, model, planned, before=entered)
             if found:
-                checkpoint.load(accelerator, found, entered)
+                checkpoint.load(accelerator, found, entered, averaged)
                 found = None
             feeds = stage_feeds(
-                accelerator, entered, planned, data, info, seed=run.seed, flip=regularisation.flip, workers=workers
+                accelerator, entered, planned, data, info, unreadable, run.seed, regularisation.flip, workers
             )
             if progress.step == 0 and flags.model.head_init == "fitted":
-                pictures = plain_feed(accelerator, data.train, planned, info, workers)
+                pictures = plain_feed(accelerator, data.train, planned, info, workers, unreadable.train)
                 fit_head(accelerator, model, pictures, class_weights, classes, run.seed)
-                judge(feeds, planned, "fitted head", epoch=0)
+                if ema:
+                    ema.set(model)
+                judge(feeds, planned, "fitted head")
+            if judge_first:
+                judge(feeds, planned, planned.stage.name)
+                judge_first = False
             curves.begin_stage(planned.stage.name, progress)
 
             for step in train_steps(accelerator, entered, feeds.train, loss, clip, progress, run.seed):
+                beat(step.step)
+                if ema:
+                    ema.update(model, step.step)
                 curves.add(step, progress)
+                if step.step % run.log_every == 0:
+                    unreadable.check()
                 speaker.show_progress(planned.stage.name, step.step, last_step, curves.latest)
-                ends_run = step.step == last_step
-                if step.ends_stage or ends_run or (step.ends_epoch and not planned.stage.cache_features):
-                    judge(feeds, planned, planned.stage.name, step.epoch)
-                    save()
-                elif run.save_every and step.step % run.save_every == 0:
-                    save()
+                asked, ends_run = boundary.agree(step.step), step.step == last_step
+                progress.due = step.ends_stage or (step.ends_epoch and not planned.stage.cache_features)
+                if progress.due or ends_run or asked.stop or asked.save:
+                    save()  # before the evaluation, so that nothing is lost while that runs
+                if asked.stop:
+                    end_run(accelerator, saver, asked.stop, step.step)
+                if progress.due or ends_run:
+                    judge(feeds, planned, planned.stage.name)
                 if ends_run:
                     break
 
             refuse_drift(accelerator, model)
-            speaker.say_unreadable(feeds.unreadable())
+            speaker.say_unreadable(unreadable.news())
             progress.stage, progress.stage_step = progress.stage + 1, 0
 
     # 7. Finish: summary, pictures, what to look at next.
+    boundary.close()
     if accelerator.is_main_process:
-        plots.draw_curves(folder.metrics, folder.plots / "curves.png")
-        facts = {
+        curves.close()
+        seen = {
             "seconds": round(earlier_seconds + time.time() - started, 1),
             "images_per_second": curves.images_per_second,
             "world_size": accelerator.num_processes,
@@ -173,9 +182,11 @@ def finetune(command: Command) -> None:
             "train_images": len(data.train),
             "eval_images": len(data.eval),
             "skipped_steps": progress.skipped,
+            "unreadable": unreadable.counts,
         }
-        summary = make_summary(folder, run.best_by, facts)
+        summary = make_summary(folder, best_of, run.best_by, seen)
         folder.write_summary(summary)
+        plots.draw_curves(folder.metrics, folder.plots / "curves.png")
         curves.finish(summary, folder.plots)
         speaker.say_finished(summary, folder, run.tracker)
     accelerator.end_training()

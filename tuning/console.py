@@ -16,11 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from tuning.checkpoint import Checkpoint
 from tuning.data.sources import Data
 from tuning.data.tables import label_array
 from tuning.models import ModelInfo
 from tuning.plan import StagePlan
+from tuning.resuming import Start
 from tuning.run_folder import RunFolder
 from tuning.session import precision_name
 
@@ -101,8 +101,15 @@ class Speaker:
             if warning:
                 self.say(f"note: {warning}")
 
-    def say_resumed(self, found: Checkpoint, world_size: int) -> None:
-        """Where the run goes on, and what can't be the same."""
+    def say_resumed(self, start: Start, world_size: int) -> None:
+        """Where the run goes on, if it does; which checkpoints were passed over; what can't be the same."""
+        found = start.found
+        for sentence in start.damaged:
+            self.say(f"warning: {sentence}")
+        if found is None:
+            if start.damaged:
+                self.say("warning: no good checkpoint is left; the run starts from the beginning.")
+            return
         self.say(
             f"Going on from {shown_path(found.folder)}: step {found.progress.step:,}, stage {found.progress.stage}."
         )
@@ -111,18 +118,24 @@ class Speaker:
                 f"note: it was saved by {found.world_size} processes and goes on with {world_size}: the same global "
                 "batches in the same order, equal up to float rounding and dropout."
             )
+        for name in ("threads", "versions"):
+            before, now = found.facts.get(name), start.facts[name]
+            if before != now:
+                self.say(f"note: {name} were {before}, now {now}: equal up to float rounding.")
 
     def say_evaluation(
-        self, stage: str, epoch: float, metrics: Mapping[str, float], latest: Mapping[str, float]
+        self, stage: str, epoch: float, judged: Mapping[str, Mapping[str, float]], latest: Mapping[str, float]
     ) -> None:
-        """One line an evaluation.
+        """One line an evaluation, and one for averaged weights.
 
         Args:
+            judged: metrics of ``eval`` and ``eval_ema``.
             latest: ``loss`` and ``images_per_second`` of training; empty before the first step.
         """
-        numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "images")
         trained = f"  train loss {latest['loss']:.4f}, {latest['images_per_second']:.0f} images/s" if latest else ""
-        self.say(f"{stage:>10}  epoch {epoch:<4g}  eval: {numbers}{trained}")
+        for whose, metrics in judged.items():
+            numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "images")
+            self.say(f"{stage:>10}  epoch {epoch:<4g}  {whose}: {numbers}{trained if whose == 'eval' else ''}")
 
     def say_unreadable(self, names: Sequence[str]) -> None:
         """Pictures that could not be read, if any."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -14,8 +14,10 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 from tuning.plan import StagePlan
+from tuning.records import number, read_records
 
 LARGEST_NUMBER_OF_POINTS = 4000
+LARGEST_VALUE = 1e100  # matplotlib's axes overflow beyond it
 
 
 def draw_schedule(plan: Sequence[StagePlan], path: Path) -> None:
@@ -29,12 +31,12 @@ def draw_schedule(plan: Sequence[StagePlan], path: Path) -> None:
             values.append(rate)
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     colours = plt.get_cmap("viridis")
-    for number, name in enumerate(sorted(curves)):
+    for place, name in enumerate(sorted(curves)):
         steps, values = _thinned(*curves[name])
-        axes.plot(steps, values, ".", markersize=2, color=colours(number / max(1, len(curves) - 1)), label=name)
+        axes.plot(steps, values, ".", markersize=2, color=colours(place / max(1, len(curves) - 1)), label=name)
     for start, name in starts:
         axes.axvline(start, color="grey", linewidth=0.8)
-        axes.annotate(name, (start, 1), xycoords=("data", "axes fraction"), fontsize=8, va="bottom")
+        axes.annotate(name, (start, 1), xycoords=("data", "axes fraction"), fontsize=8, va="bottom", parse_math=False)
     axes.set(xlabel="optimizer step", ylabel="learning rate")
     if curves and all(v > 0 for _, values in curves.values() for v in values):
         axes.set_yscale("log")
@@ -45,10 +47,11 @@ def draw_schedule(plan: Sequence[StagePlan], path: Path) -> None:
 
 def draw_curves(metrics: Path, path: Path) -> None:
     """Training loss, evaluation metrics, gradient norm and learning rates from ``metrics.jsonl``."""
-    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = read_records(metrics)
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    _panel(axes[0, 0], records, ["train/loss", "eval/loss"], "loss")
-    _panel(axes[0, 1], records, ["eval/top1", "eval/balanced_accuracy", "eval/top5"], "evaluation, fraction")
+    _panel(axes[0, 0], records, ["train/loss", "eval/loss", "eval_ema/loss"], "loss")
+    judged = ["eval/top1", "eval/balanced_accuracy", "eval/top5", "eval_ema/balanced_accuracy"]
+    _panel(axes[0, 1], records, judged, "evaluation, fraction")
     _panel(axes[1, 0], records, ["train/grad_norm"], "gradient norm before clipping")
     lrs = sorted({key for record in records for key in record if key.startswith("lr/")})
     _panel(axes[1, 1], records, [lrs[0], lrs[-1]] if len(lrs) > 1 else lrs, "learning rate, stem and head")
@@ -57,12 +60,12 @@ def draw_curves(metrics: Path, path: Path) -> None:
 
 def _panel(axes: Any, records: list[dict[str, Any]], keys: Sequence[str], title: str) -> None:
     for key in keys:
-        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+        drawn = ((record["step"], number(record.get(key))) for record in records)
+        points = [(step, value) for step, value in drawn if value is not None and abs(value) < LARGEST_VALUE]
         if points:
-            steps, values = _thinned(*map(list, zip(*points, strict=True)))
-            axes.plot(
-                steps, values, marker="o" if key.startswith("eval/") else "", linewidth=1, markersize=3, label=key
-            )
+            steps, values = _thinned([step for step, _ in points], [value for _, value in points])
+            marker, label = "o" if key.startswith("eval") else "", key.replace("$", r"\$")  # no formula
+            axes.plot(steps, values, marker=marker, linewidth=1, markersize=3, label=label)
     axes.set(title=title, xlabel="optimizer step")
     if axes.lines:
         axes.legend(fontsize=8)
@@ -74,6 +77,10 @@ def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[flo
 
 
 def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+    except OSError as error:  # a full disk; no run shall end for a picture
+        print(f"warning: {path} can't be written ({error.strerror}).", file=sys.stderr)
+    finally:
+        plt.close(figure)

@@ -6,11 +6,13 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tuning.records import number, read_records
 from tuning.run_folder import RunFolder, git_commit
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "wandb")
@@ -24,50 +26,91 @@ def better(value: float, best: float | None, metric: str) -> bool:
     return value > best if HIGHER_IS_BETTER[metric] else value < best
 
 
-def evaluations(metrics: Path) -> list[dict[str, Any]]:
-    """The evaluations in ``metrics.jsonl``, oldest first, without the ``eval/`` before each name."""
-    found = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if "eval/loss" in record:
-            numbers = {key.removeprefix("eval/"): value for key, value in record.items() if key.startswith("eval/")}
-            found.append({"step": record["step"], "epoch": record["epoch"], **numbers})
+def evaluations(metrics: Path, whose: str = "eval") -> list[dict[str, Any]]:
+    """The evaluations in ``metrics.jsonl``, oldest first, without ``eval/`` (or ``eval_ema/``) before each name.
+
+    A value that is no finite number is None.
+    """
+    found, prefix = [], f"{whose}/"
+    for record in read_records(metrics):
+        if f"{prefix}loss" in record:
+            values = {key.removeprefix(prefix): number(v) for key, v in record.items() if key.startswith(prefix)}
+            found.append({**values, "step": record["step"], "epoch": record.get("epoch")})
     return found
 
 
-def make_summary(folder: RunFolder, best_by: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+def make_summary(folder: RunFolder, best_of: str, best_by: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The summary of a finished run.
 
     Args:
+        best_of: whose evaluations: ``eval`` or ``eval_ema``.
         best_by: metric that chose ``model/``.
         facts: what only the recipe knows: seconds, world size, numbers of images ...
     """
-    judged = evaluations(folder.metrics)
-    best: dict[str, Any] | None = None
-    for one in judged:
-        if better(one[best_by], best[best_by] if best else None, best_by):
-            best = one
+    judged = evaluations(folder.metrics, best_of)
     return {
         "status": "done",
-        "best": best,
+        "best": _best(judged, best_by),
         "best_by": best_by,
+        "best_of": best_of,
         "final": judged[-1] if judged else None,
         **facts,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
+        "versions": versions(),
         "git_commit": git_commit(),
     }
 
 
+def _best(judged: Iterable[dict[str, Any]], best_by: str) -> dict[str, Any] | None:
+    best, value_of_best = None, None
+    for one in judged:
+        value = one.get(best_by)
+        value = math.nan if value is None else value
+        if better(value, value_of_best, best_by):
+            best, value_of_best = one, value
+    return best
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that a result depends on; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def is_done(folder: RunFolder) -> bool:
+    """Whether the run in *folder* has come to its end."""
+    try:
+        summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(summary, dict) and summary.get("status") == "done"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 @contextmanager
 def failure_noted(folder: RunFolder, is_main: bool) -> Iterator[None]:
-    """Leave ``status: failed`` (``preempted`` after Ctrl-C) and the error in ``summary.json`` when the body raises."""
+    """Leave ``summary.json`` when the body raises: ``failed`` and the error, or ``preempted`` and the reason.
+
+    A `KeyboardInterrupt` is a request to stop, its text the reason.
+    """
     try:
         yield
     except BaseException as error:
-        status = "preempted" if isinstance(error, KeyboardInterrupt) else "failed"
         if is_main:
-            folder.write_summary({"status": status, "error": f"{type(error).__name__}: {error}"})
+            _note(folder, error)
         raise
+
+
+def _note(folder: RunFolder, error: BaseException) -> None:
+    if isinstance(error, KeyboardInterrupt):
+        summary = {"status": "preempted", "reason": str(error) or "Ctrl-C"}
+    else:
+        summary = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+    try:
+        folder.write_summary(summary)
+    except OSError as unwritten:  # the disk may be what failed
+        print(f"warning: {folder.summary} can't be written ({unwritten.strerror}): {summary}", file=sys.stderr)

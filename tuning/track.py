@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import sys
@@ -18,11 +17,16 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, WandBTracker
 from accelerate.utils import broadcast_object_list
 
-from tuning.command_line import Command, flat
+from tuning.checks import flat
+from tuning.command_line import Command
 from tuning.engine import Step
 from tuning.errors import UserError
+from tuning.flags import RunFlags
+from tuning.numerical_faults import NumericalFaults
 from tuning.progress import Progress
+from tuning.records import RecordFile, read_records
 from tuning.run_folder import RunFolder
+from tuning.tracker_history import history
 
 TrackerName = Literal["wandb", "tensorboard", "none"]
 
@@ -30,17 +34,33 @@ TrackerName = Literal["wandb", "tensorboard", "none"]
 class Curves:
     """Writes the curves of one run. All processes call it, at the same steps; rank 0 writes.
 
-    Losses and gradient norms stay on the device until `flush`, which averages them over processes and waits for the
-    device once.
+    Losses and gradient norms stay on the device until `flush`, which waits for the device once.
+
+    Args:
+        every: optimizer steps between flushes.
+        faults: counts the steps that were left out, and ends the run when there are too many.
+        step: optimizer steps completed when the run goes on. The tracker is handed what it lacks of those before.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: RunFolder, tracker: GeneralTracker | None, every: int) -> None:
-        self._accelerator, self._tracker, self._every = accelerator, tracker, every
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: RunFolder,
+        tracker: GeneralTracker | None,
+        every: int,
+        faults: NumericalFaults,
+        step: int,
+    ) -> None:
+        self._tracker, self._every, self._faults = tracker, every, faults
         self._steps: list[tuple[Step, int]] = []
         self._window_start = time.perf_counter()
         self._trained = (0, 0.0)  # images, seconds
-        self._file = folder.metrics.open("a", encoding="utf-8") if accelerator.is_main_process else None
+        self._file = RecordFile(folder.metrics) if accelerator.is_main_process else None
         self.latest: dict[str, float] = {}
+        if accelerator.is_main_process:
+            self._tracker_has = history(tracker, folder.path, step)
+            for record in read_records(folder.metrics):
+                self._hand_over(record)
 
     def add(self, step: Step, progress: Progress) -> None:
         """Keep one step's values; `flush` every `every` steps and at the end of a stage."""
@@ -52,33 +72,36 @@ class Curves:
         """Write the kept steps.
 
         Raises:
-            UserError: the loss is no longer a number.
+            UserError: too many steps in a row were left out.
         """
         if not self._steps:
             return
-        mine = torch.stack([torch.stack((s.loss, s.grad_norm.float())) for s, _ in self._steps])
-        mine[:, 1] /= self._accelerator.num_processes  # equal on every process; the loss is a sum of parts
-        rows = self._accelerator.reduce(mine, reduction="sum").tolist()
+        rows = torch.stack([torch.stack((s.loss, s.grad_norm.float())) for s, _ in self._steps]).tolist()
         speed = self._speed(sum(step.images for step, _ in self._steps))
-        for (step, stage), (loss, norm) in zip(self._steps, rows, strict=True):
+        steps, self._steps = self._steps, []
+        for (step, stage), (loss, norm) in zip(steps, rows, strict=True):
             values = {"train/loss": loss, "train/grad_norm": norm, **{f"lr/{n}": lr for n, lr in step.lrs.items()}}
-            if step is self._steps[-1][0]:
+            if step is steps[-1][0]:
                 values |= {"perf/images_per_second": speed, "perf/memory_gb": memory_gb()}
             self.write(values, step.step, step.epoch, stage)
-            progress.skipped += self._accelerator.scaler is not None and not math.isfinite(norm)
-        self._refuse_diverged(rows)
-        top = self._steps[-1][0]
+            self._faults.count(step, loss, norm, progress)
+        top = steps[-1][0]
         self.latest = {"loss": rows[-1][0], "lr": max(top.lrs.values(), default=0.0), "images_per_second": speed}
-        self._steps.clear()
 
     def begin_stage(self, name: str, progress: Progress) -> None:
-        """Mark the start of a stage in the curves."""
-        self.write({"stage/name": name}, progress.step, progress.epoch, progress.stage)
+        """Mark the start of a stage in the curves, once also in a run that went on within the stage."""
+        if progress.stage_step == 0:
+            self.write({"stage/name": name}, progress.step, progress.epoch, progress.stage)
         self._resume_clock()
 
-    def write_evaluation(self, metrics: Mapping[str, float], epoch: float, progress: Progress) -> None:
-        """The metrics of one evaluation as ``eval/...``; the time it took is no training time."""
-        self.write({f"eval/{name}": value for name, value in metrics.items()}, progress.step, epoch, progress.stage)
+    def write_evaluation(self, judged: Mapping[str, Mapping[str, float]], epoch: float, progress: Progress) -> None:
+        """The metrics of one evaluation as ``eval/...`` and ``eval_ema/...``; the time it took is no training time.
+
+        Args:
+            judged: ``{"eval": metrics of the raw weights, "eval_ema": of the averaged ones}``.
+        """
+        values = {f"{whose}/{name}": value for whose, metrics in judged.items() for name, value in metrics.items()}
+        self.write(values, progress.step, epoch, progress.stage)
         self._resume_clock()
 
     def _resume_clock(self) -> None:
@@ -96,11 +119,25 @@ class Curves:
             return
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
         record = {"step": step, "epoch": round(epoch, 6), "stage": stage, **finite}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._tracker is not None:
+        self._file.append(record)
+        self._hand_over(record)
+
+    def _hand_over(self, record: Mapping[str, Any]) -> None:
+        if self._tracker is not None and not self._tracker_has(record):
             logged = {key: value for key, value in record.items() if value is not None}
-            self._tracker.log(logged, step=step if self._tracker.name == "tensorboard" else None)
+            self._tracker.log(logged, step=record["step"] if self._tracker.name == "tensorboard" else None)
+
+    def sync(self) -> None:
+        """Put the records on the disk, before a checkpoint that counts on them; on rank 0."""
+        if self._file is not None:
+            self._file.sync()
+        if self._tracker is not None and self._tracker.name == "tensorboard":
+            self._tracker.writer.flush()
+
+    def close(self) -> None:
+        """No more records will come."""
+        if self._file is not None:
+            self._file.close()
 
     def finish(self, summary: Mapping[str, Any], plots: Path) -> None:
         """Hand the summary and the pictures in the folder *plots* to W&B; rank 0 only."""
@@ -116,14 +153,6 @@ class Curves:
         seconds, self._window_start = now - self._window_start, now
         self._trained = (self._trained[0] + images, self._trained[1] + seconds)
         return images / seconds
-
-    def _refuse_diverged(self, rows: list[list[float]]) -> None:
-        for (step, _), (loss, _) in zip(self._steps, rows, strict=True):
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss became {loss} at step {step.step} (head LR {max(step.lrs.values()):.3g}). "
-                    "Lower --lr, add --warmup-epochs, or lower --clip-norm."
-                )
 
 
 def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,28 +189,26 @@ def check_tracker(name: TrackerName) -> None:
 
 
 def open_tracker(
-    accelerator: Accelerator,
-    name: TrackerName,
-    folder: RunFolder,
-    project: str,
-    run_name: str | None,
-    config: Mapping[str, Any],
-    run_id: str | None,
+    accelerator: Accelerator, run: RunFlags, folder: RunFolder, config: Mapping[str, Any], progress: Progress
 ) -> GeneralTracker | None:
     """Accelerate's tracker for this run, started on rank 0. W&B without a login runs offline, without a question.
 
     Args:
         config: what is trained, shown beside the curves.
-        run_id: W&B id of the run to go on with; None for a new one.
+        progress: where the run goes on: in the same run of W&B; TensorBoard forgets what comes from that step on.
     """
+    name = run.tracker
     if name == "none":
         return None
-    starts = name == "wandb" and accelerator.is_main_process
-    settings = {"wandb": _wandb_settings(folder, run_name, run_id)} if starts else {}
+    settings: dict[str, Any] = {}
+    if name == "wandb" and accelerator.is_main_process:
+        settings = {"wandb": _wandb_settings(folder, run.run_name, progress.tracker_id)}
+    elif name == "tensorboard" and progress.step:
+        settings = {"tensorboard": {"purge_step": progress.step}}
     accelerator.project_configuration.set_directories(str(folder.path))
     accelerator.log_with = [name]
     shown = {key: "None" if value is None else value for key, value in config.items()}
-    accelerator.init_trackers(project, config=shown, init_kwargs=settings)
+    accelerator.init_trackers(run.project, config=shown, init_kwargs=settings)
     tracker = accelerator.get_tracker(name)
     if name == "wandb" and accelerator.is_main_process:
         tracker.run.define_metric("*", step_metric="step")

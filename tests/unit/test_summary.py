@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tuning import summary
 from tuning.run_folder import RunFolder
-from tuning.summary import PACKAGES, better, failure_noted, make_summary
+from tuning.summary import PACKAGES, better, evaluations, failure_noted, make_summary
 
 
 @pytest.mark.parametrize(
@@ -47,34 +48,74 @@ def folder(tmp_path: Path) -> RunFolder:
 
 @pytest.mark.parametrize(("best_by", "step"), [("top1", 10), ("balanced_accuracy", 5), ("loss", 10)])
 def test_the_first_of_the_best_is_best(folder: RunFolder, best_by: str, step: int) -> None:
-    summary = make_summary(folder, best_by, {"world_size": 2})
-    assert summary["status"] == "done"
-    assert summary["best"]["step"] == step
-    assert summary["final"] == {"step": 15, "epoch": 3, "top1": 0.9, "balanced_accuracy": 0.7, "loss": 0.6}
-    assert summary["world_size"] == 2
-    assert {"python", *PACKAGES} == set(summary["versions"])
-    folder.write_summary(summary)
-    assert json.loads((folder.path / "summary.json").read_text()) == summary
+    made = make_summary(folder, "eval", best_by, {"world_size": 2})
+    assert made["status"] == "done"
+    assert made["best"]["step"] == step
+    assert made["final"] == {"step": 15, "epoch": 3, "top1": 0.9, "balanced_accuracy": 0.7, "loss": 0.6}
+    assert made["world_size"] == 2
+    assert {"python", *PACKAGES} == set(made["versions"])
+    folder.write_summary(made)
+    assert json.loads((folder.path / "summary.json").read_text()) == made
 
 
 def test_a_run_without_an_evaluation(folder: RunFolder) -> None:
     folder.metrics.write_text("")
-    summary = make_summary(folder, "top1", {})
-    assert summary["best"] is None
-    assert summary["final"] is None
+    made = make_summary(folder, "eval", "top1", {})
+    assert made["best"] is None
+    assert made["final"] is None
 
 
-@pytest.mark.parametrize(("error", "status"), [(ValueError("bad"), "failed"), (KeyboardInterrupt(), "preempted")])
-def test_failures_are_noted_by_the_main_process(tmp_path: Path, error: BaseException, status: str) -> None:
+@pytest.mark.parametrize(
+    ("error", "noted"),
+    [
+        (ValueError("bad"), {"status": "failed", "error": "ValueError: bad"}),
+        (KeyboardInterrupt(), {"status": "preempted", "reason": "Ctrl-C"}),
+        (KeyboardInterrupt("SIGTERM"), {"status": "preempted", "reason": "SIGTERM"}),
+    ],
+)
+def test_failures_are_noted_by_the_main_process(tmp_path: Path, error: BaseException, noted: dict[str, str]) -> None:
     run = RunFolder(tmp_path)
     with pytest.raises(type(error)), failure_noted(run, is_main=False):
         raise error
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(type(error)), failure_noted(run, is_main=True):
         raise error
-    noted = json.loads((tmp_path / "summary.json").read_text())
-    assert noted["status"] == status
-    assert type(error).__name__ in noted["error"]
+    assert json.loads((tmp_path / "summary.json").read_text()) == noted
+
+
+def test_a_full_disk_hides_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(ValueError, match="the true reason"), failure_noted(RunFolder(tmp_path), is_main=True):
+        raise ValueError("the true reason")
+    said = capsys.readouterr().err
+    assert "No space left" in said
+    assert "the true reason" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_odd_records_are_summed_up(folder: RunFolder) -> None:
+    good = folder.metrics.read_bytes().splitlines()
+    folder.metrics.write_bytes(
+        b'{"step": 1, "eval/loss": null, "eval/top1": "x"}\n'
+        b'{"step": 2, "epoch": 1, "eval/loss": [1], "eval/top1": NaN}\n' + b"\n".join(good) + b'\n{"step": 20, "eval/lo'
+    )
+    made = make_summary(folder, "eval", "top1", {})
+    assert made["best"]["step"] == 10
+    assert made["final"]["step"] == 15
+    assert evaluations(folder.metrics, "eval")[0] == {"step": 1, "epoch": None, "loss": None, "top1": None}
+    folder.write_summary(made)
+    folder.metrics.unlink()
+    assert make_summary(folder, "eval", "top1", {})["best"] is None
+
+
+def test_a_package_without_a_version_is_no_error(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "PACKAGES", ("of-this-name-there-is-none",))
+    assert make_summary(folder, "eval", "top1", {})["versions"]["of-this-name-there-is-none"] is None
 
 
 def test_success_writes_nothing(tmp_path: Path) -> None:
