@@ -71,125 +71,127 @@ def finetune(command: Command) -> None:
         speaker.say(f"Nothing left to do: the run in {folder.path} has made its {progress.step:,} steps.")
         return
     resuming.take_up(accelerator, start, command.config, data)
-    unreadable = UnreadablePictures(accelerator, folder.path, data, run.max_unreadable, resumed=found is not None)
-    speaker.say_resumed(start, accelerator.num_processes)
-    if accelerator.is_main_process:
-        plots.draw_schedule(plan, folder.plots / "schedule.png")
 
-    # 5. Tracking: metrics.jsonl always, W&B or TensorBoard beside it.
-    shown = described(command, accelerator)
-    tracker = open_tracker(accelerator, run, folder, shown, progress)
-    progress.tracker_id = tracker_id(accelerator, tracker)
-    faults = NumericalFaults(run.max_skipped, folder.path / "faults", data.train, accelerator.is_main_process)
-    curves = Curves(accelerator, folder, tracker, run.log_every, faults, progress.step)
+    with speaker, failure_noted(folder, accelerator.is_main_process):
+        unreadable = UnreadablePictures(accelerator, folder.path, data, run.max_unreadable, resumed=found is not None)
+        speaker.say_resumed(start, accelerator.num_processes)
+        if accelerator.is_main_process:
+            plots.draw_schedule(plan, folder.plots / "schedule.png")
 
-    # 6. Training: one `for` over stages, one over optimizer steps.
-    classes, regularisation = len(data.classes), flags.regularisation
-    balanced = regularisation.class_weights == "balanced"
-    class_weights = balanced_weights(label_array(data.train), classes).to(accelerator.device) if balanced else None
-    loss = cross_entropy(regularisation.label_smoothing, class_weights)
-    clip = clipping(flags.optimisation.clip_norm, flags.optimisation.clip_value, flags.optimisation.clip_agc)
-    workers = session.loader_workers(accelerator, flags.batch.workers)
-    decay = regularisation.ema_decay
-    ema = ModelEmaV3(model, decay, use_warmup=True) if decay else None
-    averaged = ema.module if ema else None
-    best_of, best_model = ("eval_ema", averaged) if averaged and run.best_of != "raw" else ("eval", model)
-    saver = Saver(accelerator, folder.path, run.keep, start.facts, stop_on_error=run.save_errors == "stop")
-    boundary = Boundary(accelerator, folder.path, started, run.stop_after, run.save_every, saver.must_stop)
+        # 5. Tracking: metrics.jsonl always, W&B or TensorBoard beside it.
+        shown = described(command, accelerator)
+        tracker = open_tracker(accelerator, run, folder, shown, progress)
+        progress.tracker_id = tracker_id(accelerator, tracker)
+        faults = NumericalFaults(run.max_skipped, folder.path / "faults", data.train, accelerator.is_main_process)
+        curves = Curves(accelerator, folder, tracker, run.log_every, faults, progress.step)
 
-    def judge(feeds: StageFeeds, planned: StagePlan, stage: str) -> None:
-        """Evaluate, and keep the weights if they are the best so far."""
-        curves.flush(progress)
-        judged = {}
-        for whose, judge_this, statistics in judges(entered, feeds.judged, averaged):
-            pictures = boundary.watch(feeds.evaluation)
-            judged[whose] = evaluate(accelerator, judge_this, pictures, len(data.eval), classes, statistics)
-        progress.due = False
-        epoch = progress.epoch + progress.stage_step % planned.steps_per_epoch / planned.steps_per_epoch
-        curves.write_evaluation(judged, epoch, progress)
-        speaker.say_evaluation(stage, epoch, judged, curves.latest)
-        reached = judged[best_of][run.best_by]
-        unreadable.check()
-        if better(reached, progress.best, run.best_by):
-            at_size = replace(info, input_size=planned.image_size)
-            if not accelerator.is_main_process or keep_best(best_model, at_size, data.classes, folder.model):
-                progress.best, progress.best_step = reached, progress.step
+        # 6. Training: one `for` over stages, one over optimizer steps.
+        classes, regularisation = len(data.classes), flags.regularisation
+        balanced = regularisation.class_weights == "balanced"
+        class_weights = balanced_weights(label_array(data.train), classes).to(accelerator.device) if balanced else None
+        loss = cross_entropy(regularisation.label_smoothing, class_weights)
+        clip = clipping(flags.optimisation.clip_norm, flags.optimisation.clip_value, flags.optimisation.clip_agc)
+        workers = session.loader_workers(accelerator, flags.batch.workers)
+        decay = regularisation.ema_decay
+        ema = ModelEmaV3(model, decay, use_warmup=True) if decay else None
+        averaged = ema.module if ema else None
+        best_of, best_model = ("eval_ema", averaged) if averaged and run.best_of != "raw" else ("eval", model)
+        saver = Saver(accelerator, folder.path, run.keep, start.facts, stop_on_error=run.save_errors == "stop")
+        boundary = Boundary(accelerator, folder.path, started, run.stop_after, run.save_every, saver.must_stop)
 
-    def save() -> None:
-        """Begin to write a checkpoint from which the run can go on; a thread finishes it."""
-        curves.flush(progress)
-        progress.seconds = earlier_seconds + time.time() - started
-        saver.save(entered, progress, averaged, first=curves.sync)
-        boundary.saved()
+        def judge(feeds: StageFeeds, planned: StagePlan, stage: str) -> None:
+            """Evaluate, and keep the weights if they are the best so far."""
+            curves.flush(progress)
+            judged = {}
+            for whose, judge_this, statistics in judges(entered, feeds.judged, averaged):
+                pictures = boundary.watch(feeds.evaluation)
+                judged[whose] = evaluate(accelerator, judge_this, pictures, len(data.eval), classes, statistics)
+            progress.due = False
+            epoch = progress.epoch + progress.stage_step % planned.steps_per_epoch / planned.steps_per_epoch
+            curves.write_evaluation(judged, epoch, progress)
+            speaker.say_evaluation(stage, epoch, judged, curves.latest)
+            reached = judged[best_of][run.best_by]
+            unreadable.check()
+            if better(reached, progress.best, run.best_by):
+                at_size = replace(info, input_size=planned.image_size)
+                if not accelerator.is_main_process or keep_best(best_model, at_size, data.classes, folder.model):
+                    progress.best, progress.best_step = reached, progress.step
 
-    judge_first = found is not None and (progress.due or progress.step == last_step)
-    entered = None
-    accelerator.wait_for_everyone()
-    interrupts.hold()  # from here on there is something to lose: a signal waits for the next boundary
-    with speaker, failure_noted(folder, accelerator.is_main_process), saver, first_error():
-        while progress.step < last_step or judge_first:
-            planned = plan[progress.stage]
-            entered = enter_stage(accelerator, model, planned, before=entered)
-            if found:
-                checkpoint.load(accelerator, found, entered, averaged)
-                found = None
-            feeds = stage_feeds(
-                accelerator, entered, planned, data, info, unreadable, run.seed, regularisation.flip, workers
-            )
-            if progress.step == 0 and flags.model.head_init == "fitted":
-                pictures = plain_feed(accelerator, data.train, planned, info, workers, unreadable.train)
-                fit_head(accelerator, model, pictures, class_weights, classes, run.seed)
-                if ema:
-                    ema.set(model)
-                judge(feeds, planned, "fitted head")
-            if judge_first:
-                judge(feeds, planned, planned.stage.name)
-                judge_first = False
-            curves.begin_stage(planned.stage.name, progress)
+        def save() -> None:
+            """Begin to write a checkpoint from which the run can go on; a thread finishes it."""
+            curves.flush(progress)
+            progress.seconds = earlier_seconds + time.time() - started
+            saver.save(entered, progress, averaged, first=curves.sync)
+            boundary.saved()
 
-            for step in train_steps(accelerator, entered, feeds.train, loss, clip, progress, run.seed):
-                beat(step.step)
-                if ema:
-                    ema.update(model, step.step)
-                curves.add(step, progress)
-                if step.step % run.log_every == 0:
-                    unreadable.check()
-                speaker.show_progress(planned.stage.name, step.step, last_step, curves.latest)
-                asked, ends_run = boundary.agree(step.step), step.step == last_step
-                progress.due = step.ends_stage or (step.ends_epoch and not planned.stage.cache_features)
-                if progress.due or ends_run or asked.stop or asked.save:
-                    save()  # before the evaluation, so that nothing is lost while that runs
-                if asked.stop:
-                    end_run(accelerator, saver, asked.stop, step.step)
-                if progress.due or ends_run:
+        judge_first = found is not None and (progress.due or progress.step == last_step)
+        entered = None
+        accelerator.wait_for_everyone()
+        interrupts.hold()  # from here on there is something to lose: a signal waits for the next boundary
+        with saver, first_error():
+            while progress.step < last_step or judge_first:
+                planned = plan[progress.stage]
+                entered = enter_stage(accelerator, model, planned, before=entered)
+                if found:
+                    checkpoint.load(accelerator, found, entered, averaged)
+                    found = None
+                feeds = stage_feeds(
+                    accelerator, entered, planned, data, info, unreadable, run.seed, regularisation.flip, workers
+                )
+                if progress.step == 0 and flags.model.head_init == "fitted":
+                    pictures = plain_feed(accelerator, data.train, planned, info, workers, unreadable.train)
+                    fit_head(accelerator, model, pictures, class_weights, classes, run.seed)
+                    if ema:
+                        ema.set(model)
+                    judge(feeds, planned, "fitted head")
+                if judge_first:
                     judge(feeds, planned, planned.stage.name)
-                if ends_run:
-                    break
+                    judge_first = False
+                curves.begin_stage(planned.stage.name, progress)
 
-            refuse_drift(accelerator, model)
-            speaker.say_unreadable(unreadable.news())
-            progress.stage, progress.stage_step = progress.stage + 1, 0
+                for step in train_steps(accelerator, entered, feeds.train, loss, clip, progress, run.seed):
+                    beat(step.step)
+                    if ema:
+                        ema.update(model, step.step)
+                    curves.add(step, progress)
+                    if step.step % run.log_every == 0:
+                        unreadable.check()
+                    speaker.show_progress(planned.stage.name, step.step, last_step, curves.latest)
+                    asked, ends_run = boundary.agree(step.step), step.step == last_step
+                    progress.due = step.ends_stage or (step.ends_epoch and not planned.stage.cache_features)
+                    if progress.due or ends_run or asked.stop or asked.save:
+                        save()  # before the evaluation, so that nothing is lost while that runs
+                    if asked.stop:
+                        end_run(accelerator, saver, asked.stop, step.step)
+                    if progress.due or ends_run:
+                        judge(feeds, planned, planned.stage.name)
+                    if ends_run:
+                        break
 
-    # 7. Finish: summary, pictures, what to look at next.
-    boundary.close()
-    if accelerator.is_main_process:
-        curves.close()
-        seen = {
-            "seconds": round(earlier_seconds + time.time() - started, 1),
-            "images_per_second": curves.images_per_second,
-            "world_size": accelerator.num_processes,
-            "precision": session.precision_name(accelerator),
-            "train_images": len(data.train),
-            "eval_images": len(data.eval),
-            "skipped_steps": progress.skipped,
-            "unreadable": unreadable.counts,
-        }
-        summary = make_summary(folder, best_of, run.best_by, seen)
-        folder.write_summary(summary)
-        plots.draw_curves(folder.metrics, folder.plots / "curves.png")
-        curves.finish(summary, folder.plots)
-        speaker.say_finished(summary, folder, run.tracker)
-    accelerator.end_training()
+                refuse_drift(accelerator, model)
+                speaker.say_unreadable(unreadable.news())
+                progress.stage, progress.stage_step = progress.stage + 1, 0
+
+        # 7. Finish: summary, pictures, what to look at next.
+        boundary.close()
+        if accelerator.is_main_process:
+            curves.close()
+            seen = {
+                "seconds": round(earlier_seconds + time.time() - started, 1),
+                "images_per_second": curves.images_per_second,
+                "world_size": accelerator.num_processes,
+                "precision": session.precision_name(accelerator),
+                "train_images": len(data.train),
+                "eval_images": len(data.eval),
+                "skipped_steps": progress.skipped,
+                "unreadable": unreadable.counts,
+            }
+            summary = make_summary(folder, best_of, run.best_by, seen)
+            folder.write_summary(summary)
+            plots.draw_curves(folder.metrics, folder.plots / "curves.png")
+            curves.finish(summary, folder.plots)
+            speaker.say_finished(summary, folder, run.tracker)
+        accelerator.end_training()
 
 
 if __name__ == "__main__":

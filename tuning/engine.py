@@ -113,7 +113,7 @@ def _backward(
     total = torch.zeros((), device=accelerator.device)
     for number in range(micro_steps):
         micro = next(stream)
-        torch.manual_seed(step_seed(seed, step, number, accelerator.process_index))
+        _seed_draws(step_seed(seed, step, number, accelerator.process_index), accelerator.device)
         last = number == micro_steps - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(entered.wrapped):
             losses = loss(entered.wrapped(micro.inputs), micro.labels)
@@ -121,6 +121,13 @@ def _backward(
             accelerator.backward(share * accelerator.num_processes)
         total += share.detach()
     return accelerator.reduce(total, reduction="sum")  # type: ignore[no-any-return]
+
+
+def _seed_draws(seed: int, device: torch.device) -> None:
+    """`torch.manual_seed` for the devices in use; for those that aren't there it formats a stack at every call."""
+    torch.default_generator.manual_seed(seed)
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).manual_seed(seed)
 
 
 def _update(accelerator: Accelerator, entered: Entered, clip: Clip, mean_loss: Tensor, before: list[Tensor]) -> Tensor:
