@@ -39,7 +39,8 @@ def start(precision: Precision | None, threads: int | Literal["auto"], timeout: 
         timeout: minutes that processes wait for one another in an exchange.
 
     Raises:
-        UserError: a precision that this hardware would silently run as another, or a launcher that shards the model.
+        UserError: a precision that this hardware would silently run as another, or a launcher that shards the model or
+            whose processes don't find each other.
     """
     accelerator = Accelerator(
         mixed_precision=_ACCELERATE_NAMES[_checked_precision(precision)],
@@ -56,6 +57,7 @@ def start(precision: Precision | None, threads: int | Literal["auto"], timeout: 
             f"{accelerator.distributed_type.value} is not supported: stages would not be opened and closed correctly "
             "under it. Use plain data parallelism (accelerate launch --multi_gpu)."
         )
+    _refuse_strangers(accelerator)
     start_heartbeat(timeout, start=str(same_everywhere(time.time_ns())))
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -63,6 +65,16 @@ def start(precision: Precision | None, threads: int | Literal["auto"], timeout: 
         # `accelerate launch` sets one thread where nobody asked for it.
         torch.set_num_threads(max(1, cpu_cores() // local_processes) if threads == "auto" else threads)
     return accelerator
+
+
+def _refuse_strangers(accelerator: Accelerator) -> None:
+    """Refuse processes that were launched together but don't know each other: each would train a run of its own."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"the launcher started {launched} processes, but each of them would train alone, because there is no GPU. "
+            "For several processes on a CPU set ACCELERATE_USE_CPU=true."
+        )
 
 
 def _waiting_time(minutes: float) -> timedelta:

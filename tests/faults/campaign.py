@@ -276,7 +276,7 @@ def _stop_file(run: Path, moment: float, ranks: Ranks) -> None:
 
 
 def _tear(metrics: Path) -> None:
-    if metrics.exists():
+    if metrics.exists() and not metrics.with_name("summary.json").exists():  # a run that is done writes no more
         with metrics.open("a") as file:
             file.write('{"step": 9, "epoch": 1.8, "stage": 1, "train/lo')
 
