@@ -22,12 +22,13 @@ NEEDS = {  # flag: what another flag must be for it to have an effect
     "lr_batch": ("lr_scaling", ("linear", "sqrt")),
 }
 LOWEST = {  # smallest value: whole numbers
-    0: ("workers", "freeze_epochs", "epochs", "seed", "save_every"),
+    0: ("workers", "freeze_epochs", "epochs", "seed", "save_every", "check_steps", "near_bits"),
     1: (
         *("limit_train", "limit_eval", "batch_size", "micro_batch", "lr_batch"),
-        *("keep", "log_every", "threads", "max_steps", "max_skipped"),
+        *("keep", "log_every", "threads", "max_steps", "max_skipped", "overfit_steps", "min_side"),
     ),
 }
+GROUPS_OF_RECIPES = {"overfit": "recipes/overfit.py", "check": "recipes/check.py"}
 LONGEST_WAIT = 60.0 * 24 * 7  # minutes; a time-out that never ends would hide what hangs
 
 
@@ -84,17 +85,26 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
     check("give a learning rate above 0, for example 3e-4", above_0, "lr", "freeze_lr")
     check("give a norm above 0, or 0 for off", lambda x: 0 <= x < math.inf, "clip_norm")
     check("give a number above 0", above_0, "clip_value", "clip_agc")
+    check("give a loss above 0, for example 0.1", above_0, "overfit_target")
     check("give a share in [0, 1], for example 0.01", lambda x: 0 <= x <= 1, "max_unreadable")
     check("give minutes above 0, for example 90", above_0, "stop_after")
+    check("give a ratio of sides from 1, for example 4", lambda x: 1 <= x < math.inf, "max_aspect")
+    check("give millions of pixels above 0, for example 50", above_0, "max_megapixels")
+    check("give at most 16 of the 100 bits", lambda x: x <= 16, "near_bits")
     check(f"give minutes above 0, at most {LONGEST_WAIT:g}", lambda x: 0 < x <= LONGEST_WAIT, "timeout")
 
 
 def refuse_without_effect(
-    flags: Flags, default: Flags, stages: Sequence[Stage], listed: list[Any] | None, where: str
+    flags: Flags, default: Flags, stages: Sequence[Stage], listed: list[Any] | None, where: str, recipe: str
 ) -> None:
     """Refuse a flag that was typed for nothing, rather than ignore it."""
     values, before = flat(flags), flat(default)
     typed = [key for key in values if values[key] != before[key]]
+    for group, owner in GROUPS_OF_RECIPES.items():
+        for key in vars(getattr(flags, group)).keys() & set(typed):
+            if recipe.startswith("recipes/") and recipe != owner:
+                flag = key.replace("_", "-")
+                raise UserError(f"--{flag} {values[key]} is for {owner} and has no effect in {recipe}. Drop it.")
     if listed is not None:
         own = {as_key(key) for stage in listed for key in stage} | set(ONLY_WITHOUT_STAGES)
         for key in typed:

@@ -156,7 +156,7 @@ def parse_command(argv: Sequence[str], name: str, description: str, presets: Pat
     flags = _typed_decay_wins(_parse(argv, name, description, default), default)
     check_flags(flags)
     stages = resolve_stages(flags, listed, where)
-    refuse_without_effect(flags, default, stages, listed, where)
+    refuse_without_effect(flags, default, stages, listed, where, name)
     return Command(flags, stages, dump(flags, listed))
 
 

@@ -199,6 +199,37 @@ class RunFlags:
 
 
 @dataclass(frozen=True)
+class OverfitFlags:
+    overfit_target: float = 0.1
+    """Training loss that counts as learned by recipes/overfit.py: cross-entropy in nats, mean over one pass."""
+    overfit_steps: int = 200
+    """Optimizer steps after which recipes/overfit.py gives up; --max-steps may lower it."""
+    overfit_stage: str | None = None
+    """Stage whose open layers and learning rates recipes/overfit.py takes: its name, or its number from 1. Default:
+    the last, and with --replay the one that the file names."""
+    replay: str | None = None
+    """File faults/step-*.json of an earlier run: recipes/overfit.py takes exactly the images listed there."""
+
+
+@dataclass(frozen=True)
+class CheckFlags:
+    decode: bool = False
+    """recipes/check.py decodes every picture: finds damage inside files, blank pictures and near-duplicates. Without
+    it, only headers, ends and hashes of all files are read, and what looks wrong is decoded."""
+    check_steps: int = 4
+    """Optimizer steps of every stage that recipes/check.py tries; 0 = look at the pictures only."""
+    min_side: int = 16
+    """A picture whose shorter side has fewer pixels is reported as tiny."""
+    max_aspect: float = 4.0
+    """A picture whose longer side is more than this many times its shorter side is reported."""
+    max_megapixels: float = 50.0
+    """A picture of more million pixels is reported as huge."""
+    near_bits: int = 4
+    """With --decode: two pictures are near-duplicates when their perceptual hashes of 100 bits differ in at most this
+    many bits."""
+
+
+@dataclass(frozen=True)
 class Flags:
     """All flags of a recipe, grouped as `--help` shows them."""
 
@@ -208,4 +239,6 @@ class Flags:
     optimisation: OptimisationFlags = field(default_factory=OptimisationFlags)
     staging: StageFlags = field(default_factory=StageFlags)
     regularisation: RegularisationFlags = field(default_factory=RegularisationFlags)
+    overfit: OverfitFlags = field(default_factory=OverfitFlags)
+    check: CheckFlags = field(default_factory=CheckFlags)
     run: RunFlags = field(default_factory=RunFlags)

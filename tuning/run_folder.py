@@ -28,6 +28,9 @@ CONFIG, METRICS, SUMMARY, LOCK = "config.yaml", "metrics.jsonl", "summary.json",
 MAY_CHANGE = frozenset(
     {"workers", "threads", "micro_batch", "log_every", "tracker", "project", "timeout"}
     | {"save_every", "save_errors", "keep", "max_steps", "stop_after", "max_skipped", "max_unreadable"}
+    | {"overfit_target", "overfit_steps", "overfit_stage", "replay"}
+    | {"stage"}  # of find_lr.py
+    | {"decode", "check_steps", "min_side", "max_aspect", "max_megapixels", "near_bits"}
 )
 _locks: list[Any] = []  # a lock lasts while its file is open
 LONGEST_NAME = 150  # bytes; file systems take 255, and W&B 128 characters

@@ -490,3 +490,9 @@ def test_what_rank_0_said_is_not_repeated(
     if held:
         monkeypatch.setattr(interrupts, "_on_signal", lambda *_: setattr(interrupts._state, "wish", "SIGTERM"))
     assert ended(UserError("too few")) == (2, "")
+
+
+def test_a_flag_of_another_recipe_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--overfit-steps 5 is for recipes/overfit\.py and has no effect in recipes/f"):
+        parse_command(["--overfit-steps", "5"], "recipes/finetune.py", "", PRESETS)
+    assert parse_command(["--overfit-steps", "5"], "recipes/overfit.py", "", PRESETS).flags.overfit.overfit_steps == 5
