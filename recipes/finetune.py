@@ -173,7 +173,6 @@ def finetune(command: Command) -> None:
                 progress.stage, progress.stage_step = progress.stage + 1, 0
 
         # 7. Finish: summary, pictures, what to look at next.
-        boundary.close()
         if accelerator.is_main_process:
             curves.close()
             seen = {
@@ -192,6 +191,7 @@ def finetune(command: Command) -> None:
             curves.finish(summary, folder.plots)
             speaker.say_finished(summary, folder, run.tracker)
         accelerator.end_training()
+        boundary.close()
 
 
 if __name__ == "__main__":

@@ -29,13 +29,13 @@ def overfit(command: Command) -> None:
     from tuning.entering import enter_stage
     from tuning.errors import UserError
     from tuning.feeds import plain_feed, stage_feeds
+    from tuning.gradients import GradientWatch
     from tuning.heartbeat import beat
     from tuning.interrupts import StopRequested
     from tuning.losses import cross_entropy
     from tuning.numerical_faults import NumericalFaults
     from tuning.overfitting import (
         OFF,
-        GradientWatch,
         Learning,
         choose_stage,
         layer_names,

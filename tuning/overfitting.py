@@ -12,10 +12,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from tuning.clipping import Clip
 from tuning.coerce import shown
 from tuning.data.loader import EvalFeed, Micro
 from tuning.data.sources import Data, image_name
@@ -115,31 +114,6 @@ def silence(model: nn.Module) -> None:
         for name in RATES:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-class GradientWatch:
-    """Clips like *clip*, and remembers the largest gradient of every open parameter before that.
-
-    Attributes:
-        steps: optimizer steps seen.
-    """
-
-    def __init__(self, clip: Clip) -> None:
-        self._clip, self.steps = clip, 0
-        self._largest: dict[str, Tensor] = {}
-
-    def __call__(self, model: nn.Module) -> Tensor:
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and parameter.grad is not None:
-                size = parameter.grad.detach().abs().amax()
-                self._largest[name] = torch.maximum(self._largest.get(name, size), size)
-        self.steps += 1
-        return self._clip(model)
-
-    def largest(self, model: nn.Module) -> dict[str, float | None]:
-        """Of every open parameter; None = it never had a gradient."""
-        sizes = dict(zip(self._largest, torch.stack([*self._largest.values()]).tolist(), strict=True))
-        return {name: sizes.get(name) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def layer_names(entered: Entered) -> dict[str, str]:

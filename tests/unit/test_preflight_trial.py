@@ -20,6 +20,7 @@ from tuning.command_line import parse_command
 from tuning.data.sources import Data, open_data
 from tuning.entering import Entered, enter_stage
 from tuning.feeds import stage_feeds
+from tuning.gradients import GradientWatch
 from tuning.losses import balanced_weights, cross_entropy
 from tuning.models import ModelInfo, build
 from tuning.plan import StagePlan, make_plan
@@ -33,7 +34,7 @@ from tuning.preflight.memory import (
     largest_that_fits,
 )
 from tuning.preflight.timing import expected_seconds
-from tuning.preflight.trial import GradientRecord, StageTrial, channel_statistics, some_pictures, trial_plan, try_stage
+from tuning.preflight.trial import StageTrial, channel_statistics, some_pictures, trial_plan, try_stage
 from tuning.unreadable import UnreadablePictures
 
 FLAGS = ("--batch-size", "8", "--weights", "none", "--image-size", "32", "--lr-ratio", "0.1")
@@ -142,12 +143,12 @@ def test_a_dead_layer_is_named(accelerator: Accelerator, data: Data) -> None:
 
 def test_a_gradient_that_is_zero_only_at_first_is_no_fault() -> None:
     model = nn.Linear(2, 1)
-    record = GradientRecord(lambda m: torch.zeros(()))
+    watch = GradientWatch(lambda m: torch.zeros(()))
     for value in (0.0, 1.0):
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, value)
-        record(model)
-        assert record.zero == (() if value else ("weight", "bias"))
+        watch(model)
+        assert watch.largest(model) == {"weight": value, "bias": value}
 
 
 def test_statistics_of_closed_layers_that_move_are_named(

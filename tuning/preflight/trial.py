@@ -19,6 +19,7 @@ from tuning.data.tables import label_array, take
 from tuning.engine import train_steps
 from tuning.entering import Entered
 from tuning.feeds import plain_feed
+from tuning.gradients import GradientWatch
 from tuning.groups import Group, set_lr
 from tuning.losses import Loss
 from tuning.models import ModelInfo
@@ -96,18 +97,19 @@ def try_stage(
         planned: from `trial_plan`; *entered* and *feed* belong to it.
         equal: the loss of equal probabilities on rows of the training data, from `uniform_loss`.
     """
-    gradients = GradientRecord(clip)
+    watch = GradientWatch(clip)
     before = {name: buffer.clone() for name, buffer in resting_statistics(entered).items()}
     losses: list[float] = []
     times = [time.perf_counter()]
     expected, first_lrs, images = math.nan, entered.lrs, 0
-    for step in train_steps(accelerator, entered, feed, loss, gradients, Progress(), seed):
+    for step in train_steps(accelerator, entered, feed, loss, watch, Progress(), seed):
         losses.append(float(step.loss))  # waits for the device
         times.append(time.perf_counter())
         if len(losses) == 1:
             expected, first_lrs, images = equal(step.rows), step.lrs, step.images
-        if len(losses) >= steps or gradients.missing or _is_slow(accelerator, times):
+        if len(losses) >= steps or None in watch.largest(entered.model).values() or _is_slow(accelerator, times):
             break
+    largest = watch.largest(entered.model)
     moved = [name for name, buffer in resting_statistics(entered).items() if not torch.equal(buffer, before[name])]
     set_peak(entered, planned)
     return StageTrial(
@@ -115,8 +117,8 @@ def try_stage(
         tuple(losses),
         expected,
         float(np.median(np.diff(times)[1 if len(losses) > 1 else 0 :])) / images,
-        gradients.missing,
-        gradients.zero,
+        tuple(name for name, size in largest.items() if size is None),
+        tuple(name for name, size in largest.items() if size == 0),
         tuple(moved),
         first_lrs,
         entered.lrs,
@@ -128,39 +130,6 @@ def try_stage(
 def _is_slow(accelerator: Accelerator, times: list[float]) -> bool:
     """Only one process may decide by its own clock."""
     return accelerator.num_processes == 1 and len(times) > 2 and times[-1] - times[0] > PATIENCE
-
-
-class GradientRecord:
-    """Clips as *clip* does, and notes first which open parameters have a gradient."""
-
-    def __init__(self, clip: Clip) -> None:
-        self._clip = clip
-        self._missing: dict[str, None] = {}
-        self._zero: dict[str, None] = {}
-        self._alive: set[str] = set()
-
-    def __call__(self, model: nn.Module) -> Tensor:
-        """The norm that *clip* returns."""
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad or name in self._alive:
-                continue
-            if parameter.grad is None:
-                self._missing[name] = None
-            elif parameter.grad.any():
-                self._alive.add(name)
-            else:
-                self._zero[name] = None
-        return self._clip(model)
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """Open parameters that had no gradient at all."""
-        return tuple(name for name in self._missing if name not in self._alive)
-
-    @property
-    def zero(self) -> tuple[str, ...]:
-        """Open parameters whose gradient was 0 whenever there was one."""
-        return tuple(name for name in self._zero if name not in self._alive and name not in self._missing)
 
 
 def resting_statistics(entered: Entered) -> dict[str, Tensor]:
