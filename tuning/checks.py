@@ -26,9 +26,11 @@ LOWEST = {  # smallest value: whole numbers
     1: (
         *("limit_train", "limit_eval", "batch_size", "micro_batch", "lr_batch"),
         *("keep", "log_every", "threads", "max_steps", "max_skipped", "overfit_steps", "min_side"),
+        "finder_sweeps",
     ),
+    10: ("finder_steps",),
 }
-GROUPS_OF_RECIPES = {"overfit": "recipes/overfit.py", "check": "recipes/check.py"}
+GROUPS_OF_RECIPES = {"overfit": "recipes/overfit.py", "check": "recipes/check.py", "finder": "recipes/find_lr.py"}
 LONGEST_WAIT = 60.0 * 24 * 7  # minutes; a time-out that never ends would hide what hangs
 
 
@@ -83,6 +85,7 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
     check("give a decay between 0 and 1, for example 0.999", lambda x: 0 < x < 1, "ema_decay")
     check("give a fraction between 0 and 1, for example 0.25", lambda x: 0 < x < 1, "val_fraction")
     check("give a learning rate above 0, for example 3e-4", above_0, "lr", "freeze_lr")
+    check("give a learning rate above 0, for example 1e-6", above_0, "finder_start", "finder_end")
     check("give a norm above 0, or 0 for off", lambda x: 0 <= x < math.inf, "clip_norm")
     check("give a number above 0", above_0, "clip_value", "clip_agc")
     check("give a loss above 0, for example 0.1", above_0, "overfit_target")

@@ -230,6 +230,22 @@ class CheckFlags:
 
 
 @dataclass(frozen=True)
+class FinderFlags:
+    finder_start: float | None = None
+    """Lowest learning rate of the head that the LR finder tries. Default: 1e-6; SGD 1e-5, Lion 1e-7."""
+    finder_end: float | None = None
+    """Highest learning rate of the head that the LR finder tries; it ends a sweep earlier when the loss is 4 times its
+    best. Default: 1; SGD 10, Lion 0.1."""
+    finder_steps: int = 100
+    """Optimizer steps of one sweep of the LR finder, from 10."""
+    finder_sweeps: int = 3
+    """Sweeps of the LR finder, each over other images; their agreement is its confidence."""
+    stage: str | None = None
+    """Stage that recipes/find_lr.py sweeps: its name, or its number from 1. Default: the first of those in which most
+    is open."""
+
+
+@dataclass(frozen=True)
 class Flags:
     """All flags of a recipe, grouped as `--help` shows them."""
 
@@ -242,3 +258,4 @@ class Flags:
     overfit: OverfitFlags = field(default_factory=OverfitFlags)
     check: CheckFlags = field(default_factory=CheckFlags)
     run: RunFlags = field(default_factory=RunFlags)
+    finder: FinderFlags = field(default_factory=FinderFlags)

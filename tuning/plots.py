@@ -42,7 +42,7 @@ def draw_schedule(plan: Sequence[StagePlan], path: Path) -> None:
         axes.set_yscale("log")
     if len(curves) <= 12:
         axes.legend(fontsize=7, markerscale=4)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_curves(metrics: Path, path: Path) -> None:
@@ -55,7 +55,7 @@ def draw_curves(metrics: Path, path: Path) -> None:
     _panel(axes[1, 0], records, ["train/grad_norm"], "gradient norm before clipping")
     lrs = sorted({key for record in records for key in record if key.startswith("lr/")})
     _panel(axes[1, 1], records, [lrs[0], lrs[-1]] if len(lrs) > 1 else lrs, "learning rate, stem and head")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _panel(axes: Any, records: list[dict[str, Any]], keys: Sequence[str], title: str) -> None:
@@ -76,7 +76,8 @@ def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[flo
     return steps[::stride], values[::stride]
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write the picture and let it go; a disk that refuses costs the picture only."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=110)

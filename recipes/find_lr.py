@@ -1,0 +1,117 @@
+"""Find a learning rate before the hours are spent: the range test of Smith (2017) on the engine of the real run.
+
+    accelerate launch recipes/find_lr.py --data photos --model convnext_tiny
+
+Takes the flags of finetune.py. Nothing is trained: every sweep puts the model back as it was.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from tuning.command_line import Command, run_recipe
+
+
+def find_lr(command: Command) -> None:
+    """Sweep the learning rate over a few hundred optimizer steps and say which one to train with, if one is clear."""
+    # The flags are known to be right by now; only here torch is imported.
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from tuning import resuming, session
+    from tuning.clipping import clipping
+    from tuning.console import Speaker
+    from tuning.data.tables import label_array
+    from tuning.engine import Step
+    from tuning.entering import enter_stage
+    from tuning.errors import UserError
+    from tuning.feeds import plain_feed, stage_feeds
+    from tuning.head_fit import fit_head
+    from tuning.losses import balanced_weights, cross_entropy
+    from tuning.lr_finder import chosen_stage, search_for, sweep_stage
+    from tuning.lr_report import draw_sweeps, facts, table
+    from tuning.numerical_faults import NumericalFaults
+    from tuning.preparing import data_and_model, plan_stages
+    from tuning.run_folder import git_commit
+    from tuning.summary import failure_noted, versions
+    from tuning.track import Curves, check_tracker, described, open_tracker
+    from tuning.unreadable import UnreadablePictures
+
+    flags, run, finder, started = command.flags, command.flags.run, command.flags.finder, time.time()
+    if run.resume != "never":
+        raise UserError(f"--resume {run.resume}: an LR finder has nothing to go on with. Leave --resume out.")
+
+    # 1. Session, data, model, and the plan of the run that the learning rate is for.
+    accelerator = session.start(run.precision, run.threads, run.timeout)
+    speaker = Speaker(accelerator.is_main_process)
+    data, model, info = data_and_model(accelerator, flags)
+    plan = plan_stages(accelerator, command, data, model, info)
+    number = chosen_stage(plan, finder.stage)
+    planned = plan[number]
+    search = search_for(
+        planned.stage, finder.finder_start, finder.finder_end, finder.finder_steps, finder.finder_sweeps
+    )
+    check_tracker(run.tracker)
+    start = resuming.locate(accelerator, run, command.config, f"find_lr-{info.name}", data.name, started)
+    folder = start.folder
+    speaker.show_plan(plan, data, info, accelerator, folder, best_by=run.best_by)
+    speaker.say(
+        f"Sweeping stage {number + 1} ({planned.stage.name}): {search.sweeps} x {search.steps} steps, head LR "
+        f"from {search.start:g} to {search.end:g}. The stages before it are not trained first."
+    )
+    if run.dry_run:
+        speaker.say("Dry run: nothing was swept.")
+        return
+    resuming.take_up(accelerator, start, command.config, data)
+
+    # 2. Tracking.
+    shown = described(command, accelerator)
+    tracker = open_tracker(accelerator, run, folder, shown, start.progress)
+    faults = NumericalFaults(run.max_skipped, folder.path / "faults", data.train, accelerator.is_main_process)
+    curves = Curves(accelerator, folder, tracker, run.log_every, faults, 0)
+
+    # 3. The stage, exactly as the run would enter it.
+    classes, regularisation = len(data.classes), flags.regularisation
+    balanced = regularisation.class_weights == "balanced"
+    class_weights = balanced_weights(label_array(data.train), classes).to(accelerator.device) if balanced else None
+    loss = cross_entropy(regularisation.label_smoothing, class_weights)
+    clip = clipping(flags.optimisation.clip_norm, flags.optimisation.clip_value, flags.optimisation.clip_agc)
+    workers = session.loader_workers(accelerator, flags.batch.workers)
+    unreadable = UnreadablePictures(accelerator, None, data, run.max_unreadable, resumed=False)
+
+    def write(values: Mapping[str, float], step: int) -> None:
+        curves.write(values, step, 0.0, number)
+
+    def shown_steps(steps: Iterable[Step]) -> Iterator[Step]:
+        for step in steps:
+            speaker.show_progress("sweep", step.step, search.steps, {})
+            yield step
+
+    with speaker, failure_noted(folder, accelerator.is_main_process):
+        entered = enter_stage(accelerator, model, planned)
+        if flags.model.head_init == "fitted":
+            pictures = plain_feed(accelerator, data.train, planned, info, workers, unreadable.train)
+            fit_head(accelerator, model, pictures, class_weights, classes, run.seed)
+        feeds = stage_feeds(
+            accelerator, entered, planned, data, info, unreadable, run.seed, regularisation.flip, workers
+        )
+
+        # 4. The sweeps, and what they say.
+        found = sweep_stage(accelerator, entered, feeds.train, loss, clip, run.seed, search, write, shown_steps)
+    speaker.console.print(table(found))
+    speaker.say(f"--lr: {found.described()}")
+    if found.lr is None:
+        speaker.say(f"The learning rate stays what it was: {planned.stage.lr:g}.")
+    if accelerator.is_main_process:
+        curves.close()
+        draw_sweeps(found, folder.plots / "lr_finder.png")
+        about = {"stage": number, "seconds": round(time.time() - started, 1), "world_size": accelerator.num_processes}
+        summary = {"status": "done", **facts(found), **about, "versions": versions(), "git_commit": git_commit()}
+        folder.write_summary(summary)
+        curves.finish(summary, folder.plots)
+        speaker.say(f"  curves   {folder.path}/plots/lr_finder.png, {folder.path}/metrics.jsonl")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_recipe(find_lr, "recipes/find_lr.py", presets=Path(__file__).parent / "presets")

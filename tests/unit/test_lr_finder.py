@@ -1,0 +1,366 @@
+"""Sweeps: one factor for all groups, the right end, every stage, and everything back where it was."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+
+from tuning.clipping import clipping
+from tuning.data.loader import FeatureFeed
+from tuning.data.sampling import TrainOrder
+from tuning.engine import Step, train_steps
+from tuning.entering import Entered, enter_stage
+from tuning.errors import UserError
+from tuning.losses import Loss, cross_entropy
+from tuning.lr_curve import smoothed, smoothing
+from tuning.lr_finder import (
+    Found,
+    Search,
+    Sweep,
+    chosen_stage,
+    is_transformer,
+    leaving_no_trace,
+    search_for,
+    sweep,
+    sweep_stage,
+    with_lr,
+)
+from tuning.lr_report import draw_sweeps, facts, table
+from tuning.plan import StagePlan, make_plan
+from tuning.progress import Progress
+from tuning.stages import Stage
+
+IMAGES, CLASSES, SIZE = 13, 3, 32
+NO_CLIP = clipping(0.0, None, None)
+SEARCH = Search(1e-5, 1.0, 12, 1)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def stage(**changes: object) -> Stage:
+    base = Stage(
+        name="all", open="all", epochs=1, lr=1e-2, lr_ratio=0.1, layer_decay=None, optimizer="adamw", momentum=0.9,
+        weight_decay=0.05, schedule="cosine", warmup_epochs=0, cycle_epochs=None, cycle_mult=2, cycle_decay=1.0,
+        step_epochs=None, step_gamma=0.1, lr_floor=0.0, batch_size=4, image_size=None, batch_norm="train",
+        augment="none", cache_features=False,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def network(name: str = "test_efficientnet", **changes: float) -> nn.Module:
+    torch.manual_seed(0)
+    size = {"img_size": SIZE} if "vit" in name else {}
+    model: nn.Module = timm.create_model(name, num_classes=CLASSES, **size, **changes)
+    model.get_classifier().weight.data *= 0.01  # type: ignore[operator]  # the loss starts near ln(3) for any picture
+    return model
+
+
+def planned_for(model: nn.Module, *stages: Stage, micro: int = 2) -> tuple[StagePlan, ...]:
+    return make_plan(stages, model, train_images=IMAGES, world_size=1, micro_batch=micro, image_size=SIZE)
+
+
+def feed_for(planned: StagePlan) -> FeatureFeed:
+    """Pictures whose brightness tells their class."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(IMAGES) % CLASSES
+    pictures = torch.randn(IMAGES, 3, SIZE, SIZE, generator=generator) + 2 * labels[:, None, None, None]
+    return FeatureFeed(pictures, labels, TrainOrder(IMAGES, 0, planned.batch, 0))
+
+
+def entered_with(
+    model: nn.Module, chosen: Stage, accelerator: Accelerator | None = None, micro: int = 2
+) -> tuple[Accelerator, Entered, FeatureFeed]:
+    accelerator = accelerator or Accelerator()
+    (planned,) = planned_for(model, chosen, micro=micro)
+    return accelerator, enter_stage(accelerator, model, planned), feed_for(planned)
+
+
+def watched(kept: list[Step]) -> Any:
+    def watch(steps: Iterable[Step]) -> Iterator[Step]:
+        for step in steps:
+            kept.append(step)
+            yield step
+
+    return watch
+
+
+def test_one_factor_rises_on_every_group() -> None:
+    """From start to end on the head, geometrically; the ratios of the groups are those of the stage."""
+    accelerator, entered, feed = entered_with(network(), stage())
+    peaks, steps = {g["name"]: g["peak_lr"] for g in entered.optimizer.param_groups}, []
+    found = sweep(accelerator, entered, feed, cross_entropy(), NO_CLIP, 0, SEARCH, watch=watched(steps))
+    assert len(set(peaks.values())) > 3
+    assert found.lrs == pytest.approx(tuple(np.geomspace(1e-5, 1.0, 12)[: len(found.lrs)]))
+    for step, lr in zip(steps, found.lrs, strict=True):
+        assert step.lrs == pytest.approx({name: peak * lr / 1e-2 for name, peak in peaks.items()})
+
+
+def test_fewer_batches_than_steps_go_round_and_sweeps_see_other_orders() -> None:
+    accelerator, entered, feed = entered_with(network(), stage())
+    places: list[list[tuple[int, int]]] = []
+    for number in range(2):
+        steps: list[Step] = []
+        sweep(accelerator, entered, feed, cross_entropy(), NO_CLIP, 0, SEARCH, number, watched(steps))
+        places.append([step.place for step in steps])
+    assert [place for _, place in places[0]][:9] == [0, 1, 2, 3, 0, 1, 2, 3, 0]
+    assert not {epoch for epoch, _ in places[0]} & {epoch for epoch, _ in places[1]}
+    assert min(epoch for place in places for epoch, _ in place) > 10_000, "epochs of the run itself"
+
+
+def scaled(factors: Mapping[int, float]) -> Loss:
+    """Cross-entropy, multiplied in some calls: two calls a step."""
+    calls = iter(range(10**6))
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy()(logits * 0, labels) * factors.get(next(calls) // 2, 1.0)
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("factors", "steps", "ended"),
+    [
+        ({5: math.nan}, 6, "not finite"),
+        ({0: math.inf}, 1, "not finite"),
+        ({5: 1000.0}, 6, "diverged"),
+        ({}, 12, "end"),
+        (dict.fromkeys(range(6, 12), 3.0), 12, "end"),
+    ],
+)
+def test_where_a_sweep_ends(factors: dict[int, float], steps: int, ended: str) -> None:
+    accelerator, entered, feed = entered_with(network(), stage(lr_ratio=1.0, open="head"))
+    found = sweep(accelerator, entered, feed, scaled(factors), NO_CLIP, 0, SEARCH)
+    assert (len(found.losses), len(found.lrs), found.ended) == (steps, steps, ended)
+    if ended != "not finite":
+        smooth = smoothed(found.losses, smoothing(np.geomspace(1e-5, 1.0, 12)))
+        assert (smooth[-1] > 4 * smooth.min()) == (ended == "diverged")
+
+
+@pytest.mark.parametrize("depth", ["head", 2, "all"])
+@pytest.mark.parametrize("batch_norm", ["train", "frozen"])
+def test_closed_layers_stay_closed(depth: str | int, batch_norm: str) -> None:
+    """During the sweep, too: what is closed does not move at the highest learning rate."""
+    model = network()
+    accelerator, entered, feed = entered_with(model, stage(open=depth, lr_ratio=0.5, batch_norm=batch_norm))
+    before, moved = copy.deepcopy(model.state_dict()), set()
+
+    def watch(steps: Iterable[Step]) -> Iterator[Step]:
+        for step in steps:
+            moved.update(k for k, v in model.state_dict().items() if not torch.equal(v, before[k]))
+            yield step
+
+    sweep(accelerator, entered, feed, cross_entropy(), NO_CLIP, 0, SEARCH, watch=watch)
+    opened = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert opened
+    assert {name for name in moved if "running" not in name and "tracked" not in name} == opened
+    assert bool({name for name in moved if "running" in name}) == (batch_norm == "train" and depth != "head")
+
+
+def snapshot(model: nn.Module, entered: Entered) -> dict[str, Any]:
+    optimizer = entered.optimizer.optimizer
+    return copy.deepcopy(
+        {
+            "model": model.state_dict(),
+            "state": optimizer.state_dict()["state"],
+            "groups": [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
+            "torch": torch.get_rng_state(),
+            "numpy": np.random.get_state()[1],
+            "python": random.getstate(),
+            "modes": {name: module.training for name, module in model.named_modules()},
+            "gradients": [parameter.grad for parameter in model.parameters()],
+        }
+    )
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return bool((a == b).all())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "madgrad", "adafactor"])
+def test_everything_is_put_back_bit_for_bit(optimizer: str) -> None:
+    """Also in mid-run, when the optimizer has a state; through an error in the sweep, too."""
+    model = network(drop_rate=0.2)
+    accelerator, entered, feed = entered_with(model, stage(optimizer=optimizer, epochs=2))
+    steps = train_steps(accelerator, entered, feed, cross_entropy(), NO_CLIP, Progress(), 0)
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    before = snapshot(model, entered)
+    assert before["state"]
+
+    def watch(steps: Iterable[Step]) -> Iterator[Step]:
+        for step in steps:
+            np.random.rand()
+            random.random()
+            yield step
+
+    sweep(accelerator, entered, feed, cross_entropy(), NO_CLIP, 0, SEARCH, watch=watch)
+    assert same(snapshot(model, entered), before)
+
+    def fails(steps: Iterable[Step]) -> Iterator[Step]:
+        yield next(iter(steps))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(accelerator, entered, feed, cross_entropy(), NO_CLIP, 0, SEARCH, watch=fails)
+    assert same(snapshot(model, entered), before)
+
+
+def test_generators_inside_an_optimizer_are_put_back() -> None:
+    accelerator, entered, _ = entered_with(network(), stage(optimizer="kron"))
+    held = entered.optimizer.optimizer
+    held.rng, held.generator = random.Random(3), torch.Generator().manual_seed(3)  # type: ignore[attr-defined]
+    before = held.rng.getstate(), held.generator.get_state()
+    with leaving_no_trace(accelerator, entered):
+        held.rng.random()
+        torch.rand(3, generator=held.generator)
+        held.param_groups[0]["made up"] = 1
+    assert same((held.rng.getstate(), held.generator.get_state()), before)
+    assert "made up" not in held.param_groups[0]
+
+
+def test_the_scaler_is_put_back_and_its_skipped_steps_don_t_end_the_sweep() -> None:
+    """The first steps under fp16 overflow until the scale has come down: their losses are finite."""
+    accelerator = Accelerator()
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+    model = network("test_vit")
+    _, entered, feed = entered_with(model, stage(), accelerator)
+    accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+    before, scales = copy.deepcopy(model.state_dict()), []
+
+    def overflowing(logits: Tensor, labels: Tensor) -> Tensor:
+        losses = cross_entropy()(logits, labels)
+        losses.register_hook(lambda grad: grad * (math.inf if len(scales) < 3 else 1.0))
+        return losses
+
+    def watch(steps: Iterable[Step]) -> Iterator[Step]:
+        for step in steps:
+            scales.append(accelerator.scaler.get_scale())  # type: ignore[union-attr]
+            yield step
+
+    found = sweep(accelerator, entered, feed, overflowing, NO_CLIP, 0, SEARCH, watch=watch)
+    assert scales[:4] == [2.0**9, 2.0**8, 2.0**7, 2.0**7]
+    assert len(found.losses) > 3
+    assert accelerator.scaler.get_scale() == 2.0**10
+    assert same(model.state_dict(), before)
+
+
+def searched(
+    chosen: Stage, search: Search, loss: Loss | None = None
+) -> tuple[Found, list[tuple[dict[str, float], int]]]:
+    accelerator, entered, feed = entered_with(network(), chosen, micro=chosen.batch_size)
+    written: list[tuple[dict[str, float], int]] = []
+    found = sweep_stage(
+        accelerator,
+        entered,
+        feed,
+        loss or cross_entropy(),
+        NO_CLIP,
+        0,
+        search,
+        lambda values, step: written.append((dict(values), step)),
+    )
+    return found, written
+
+
+def test_every_step_is_written_and_the_answer_once(tmp_path: Path) -> None:
+    found, written = searched(stage(lr_ratio=1.0, batch_size=12), Search(1e-6, 1.0, 40, 3))
+    assert found.lr is not None, found.band.reason
+    assert [step for values, step in written if "lr_finder/loss" in values] == list(range(1, found.steps + 1))
+    assert [values["lr_finder/loss"] for values, _ in written[:-1]] == [x for s in found.sweeps for x in s.losses]
+    assert all(math.log10(v["lr_finder/lr"]) == v["lr_finder/log10_lr"] for v, _ in written[:-1])
+    assert written[-1] == ({"lr_finder/chosen": found.lr}, found.steps)
+    assert found.band.low is not None
+    assert found.band.high is not None
+    assert found.band.low <= found.lr <= found.band.high
+    assert f"{found.lr:.2e}" in found.described()
+    draw_sweeps(found, tmp_path / "plots/lr_finder.png")
+    assert (tmp_path / "plots/lr_finder.png").stat().st_size > 5_000
+    assert facts(found)["chosen"] == found.lr
+    assert table(found).row_count == 3
+
+
+def test_without_an_answer_nothing_is_chosen(tmp_path: Path) -> None:
+    found, written = searched(stage(), SEARCH, scaled({2: math.nan}))
+    assert found.lr is None
+    assert not any("lr_finder/chosen" in values for values, _ in written)
+    assert "no confident answer (diverges at once" in found.described()
+    assert facts(found)["reason"].startswith("diverges at once")
+    draw_sweeps(found, tmp_path / "lr_finder.png")
+    assert (tmp_path / "lr_finder.png").exists()
+    everywhere = Found(None, found.band, (Sweep((1e-3,), (math.nan,), "not finite"),), 1.0)
+    draw_sweeps(everywhere, tmp_path / "lr_finder.png")
+    assert table(everywhere).row_count == 1
+
+
+def test_what_is_found_is_brought_into_the_known_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tuning import lr_finder
+    from tuning.lr_curve import Band
+
+    monkeypatch.setattr(lr_finder, "band", lambda curves: Band(5.0, 5.0, 5.0, "", ()))
+    found, written = searched(stage(), SEARCH)
+    assert found.lr == 1e-2
+    assert written[-1][0] == {"lr_finder/chosen": 1e-2}
+    assert "1.00e-02, brought there from 5.00e+00" in found.described()
+
+
+def test_the_sweep_fits_the_optimizer_and_the_budget() -> None:
+    assert search_for(stage(), None, None, 100, 3) == Search(1e-6, 1.0, 100, 3)
+    assert search_for(stage(optimizer="sgd"), None, 2.0, 100, 3) == Search(1e-5, 2.0, 100, 3)
+    assert search_for(stage(), 1e-4, None, 100, 3, afford=(400, 0.1)) == Search(1e-4, 1.0, 40, 1)
+    with pytest.raises(UserError, match="--finder-start 2 must be below --finder-end 1,"):
+        search_for(stage(), 2.0, None, 100, 3)
+
+
+def test_the_stage_in_which_most_is_open_is_the_default() -> None:
+    model = network()
+    stages = [stage(open="head", name="head"), stage(), stage(name="again"), stage(open=2, name="top-2", lr_ratio=1.0)]
+    plan = planned_for(model, *stages)
+    assert [chosen_stage(plan, name) for name in (None, "1", "4", "again", "head")] == [1, 0, 3, 2, 0]
+    for name in ("0", "5", "-1", "agian", "²"):
+        with pytest.raises(UserError, match=r"--stage .*1 head, 2 all, 3 again, 4 top-2"):
+            chosen_stage(plan, name)
+
+
+def test_a_plan_at_another_learning_rate_is_the_plan_for_it() -> None:
+    model = network()
+    (planned,), (other,) = planned_for(model, stage()), planned_for(model, stage(lr=3e-5))
+    moved = with_lr(planned, 3e-5)
+    assert moved.stage == other.stage
+    assert [g.peak_lr for g in moved.groups] == pytest.approx([g.peak_lr for g in other.groups], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "attends"),
+    [("test_vit", True), ("test_efficientnet", False), ("resnet18", False), ("convnext_atto", False)],
+)
+def test_families(name: str, attends: bool) -> None:
+    assert is_transformer(timm.create_model(name)) is attends
