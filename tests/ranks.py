@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from recipe_runs import forget_parent
 
 TIMEOUT_SECONDS = 240
 
@@ -65,10 +66,9 @@ def _rank(
         )
     try:
         torch.set_num_threads(1)
-        from accelerate.state import AcceleratorState, GradientState, PartialState
+        from accelerate.state import PartialState
 
-        AcceleratorState._reset_state(reset_partial_state=True)  # what the parent started would be inherited
-        GradientState._reset_state()
+        forget_parent()
         found = PartialState(cpu=True).num_processes
         assert found == world_size, f"asked for {world_size} processes, got {found}"
         sender.send_bytes(pickle.dumps((True, function(*args))))

@@ -71,6 +71,7 @@ def _child(folder: Path, flags: tuple[str, ...], environment: dict[str, str | No
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+    forget_parent()
     with _captured(folder / ".output"):
         try:
             code = finetune_here(*flags)
@@ -78,6 +79,14 @@ def _child(folder: Path, flags: tuple[str, ...], environment: dict[str, str | No
             traceback.print_exc()
             code = 1
     os._exit(code)
+
+
+def forget_parent() -> None:
+    """Start without what the forking process had begun: a fork inherits its number of processes."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @contextlib.contextmanager

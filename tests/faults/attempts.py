@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tests.faults.sabotage import import_everything
-from tests.recipe_runs import ROOT, finetune_here
+from tests.recipe_runs import ROOT, finetune_here, forget_parent
 
 LIMIT_SECONDS = 240  # of a whole attempt
 MERCY_SECONDS = 30  # between SIGTERM and SIGKILL, as torchrun has it
@@ -178,6 +178,7 @@ def _child(
     _write_output_to(log)
     sys.path.insert(0, str(ROOT / "recipes"))
     Figure.savefig = _tiny_picture  # pictures would take half the time
+    forget_parent()
     code = 1
     try:
         at_end = prepare(rank) if prepare is not None else None
