@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from types import FrameType
@@ -15,6 +17,7 @@ from types import FrameType
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
 # One Ctrl-C arrives twice under a launcher: from the terminal and from the launcher, which passes it on.
 SAME_CTRL_C_SECONDS = 1.0
+BLOCKED_SECONDS = 5.0  # a main thread that has not taken note of a signal by then waits for another process
 
 
 class StopRequested(KeyboardInterrupt):
@@ -26,6 +29,7 @@ class _State:
     held: bool = False
     wish: str | None = None
     first_ctrl_c: float | None = None
+    watching: int | None = None  # process whose wake-ups are watched
 
 
 _state = _State()
@@ -37,6 +41,32 @@ def listen() -> None:
     for name in NAMES:
         if hasattr(signal, name):  # Windows has no SIGUSR1
             signal.signal(getattr(signal, name), _on_signal)
+    if _state.watching != os.getpid():  # a fork has no threads
+        _state.watching = os.getpid()
+        _watch()
+
+
+def _watch() -> None:
+    """End a process that can't take note of a signal, because it waits in C for others that are gone.
+
+    While nothing can be lost only. Loader processes that are forked later must not wake this one.
+    """
+    awake, wake = socket.socketpair()
+    wake.setblocking(False)
+    signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=_end_if_blocked, args=(awake, wake), name="signals", daemon=True).start()
+
+
+def _end_if_blocked(awake: socket.socket, wake: socket.socket) -> None:
+    numbers = {getattr(signal, name) for name in NAMES if hasattr(signal, name)}
+    while True:
+        if awake.recv(1)[0] not in numbers:
+            continue
+        time.sleep(BLOCKED_SECONDS)
+        if not _state.held and _state.wish is None:
+            os._exit(75)
 
 
 def wish() -> str | None:

@@ -134,9 +134,7 @@ def damaged(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(
-    ("world_size", "optimizer"), [(1, "adamw"), (2, "adamw"), pytest.param(2, "sgd", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("world_size", "optimizer"), [(1, "adamw"), (2, "adamw"), (2, "sgd")])
 def test_training_after_the_finder_is_bit_identical(damaged: Path, world_size: int, optimizer: str) -> None:
     stages = ("--freeze-epochs", "1", "--epochs", "1")
     argv = ("--data", str(damaged), *MODEL, *HOW, *stages, "--optimizer", optimizer, "--workers", "0")
@@ -185,7 +183,7 @@ def ends(rank_at_fault: int, value: float, photos: str) -> tuple[str, list[float
 
 @pytest.mark.parametrize(
     ("value", "how"),
-    [(math.nan, "not finite"), pytest.param(math.inf, "not finite", marks=pytest.mark.slow), (1e4, "diverged")],
+    [(math.nan, "not finite"), (math.inf, "not finite"), (1e4, "diverged")],
 )
 def test_all_processes_end_a_sweep_at_the_same_step(photos: Path, value: float, how: str) -> None:
     first, second = run_ranks(2, ends, 1, value, str(photos))

@@ -292,10 +292,8 @@ def resume_problems(ended: Ended, newest: int | None) -> list[str]:
 
 def strike_problems(fault: Fault, ended: Ended, run: Path) -> list[str]:
     """How the struck attempt should have ended, and didn't."""
-    if fault.kind in GRACEFUL and 75 in ended.codes and not re.search("after step|in an evaluation", ended.stderr):
-        return []  # before training: a process that was not asked and waits for the others is ended by the launcher
     found = [f"ranks {ended.hung} did not end ({fault}): {ended.stderr[-2000:]}"] if ended.hung else []
-    if fault.kind == "twice" and ended.after_strike is not None and ended.after_strike > SAVE_SECONDS:
+    if fault.kind == "twice" and ended.after_strike is not None and ended.after_strike > SAVE_SECONDS / 2:
         found.append(f"{ended.after_strike:.1f} s from the second signal to the end")
     if fault.kind not in GRACEFUL or all(code == 0 for code in ended.codes):
         return found

@@ -227,14 +227,14 @@ VALUES = st.fixed_dictionaries(
 )
 
 
-@settings(SHARED, max_examples=8)
+@settings(SHARED, max_examples=20)
 @given(VALUES)
 def test_a_config_repeats_the_run(tmp_path: Path, values: dict[str, Any]) -> None:
     """What ``config.yaml`` holds gives the same flags and stages, whatever the values."""
     _repeats(tmp_path, values)
 
 
-@settings(SHARED, max_examples=40)
+@settings(SHARED, max_examples=150)
 @given(VALUES)
 def test_reading_a_config_repeats_the_run(tmp_path: Path, files_only: None, values: dict[str, Any]) -> None:
     _repeats(tmp_path, values)
@@ -275,14 +275,14 @@ STAGES = st.lists(st.dictionaries(STAGE_KEYS, SCALARS, max_size=4), max_size=3)
 DOCUMENTS = st.dictionaries(st.sampled_from(sorted(ALL_FLAGS)), SCALARS | TREES, max_size=3)
 
 
-@settings(SHARED, max_examples=150)
+@settings(SHARED, max_examples=300)
 @given(TREES | DOCUMENTS | st.builds(lambda d, s: d | {"stages": s}, DOCUMENTS, STAGES | TREES))
 def test_any_document_gives_a_command_or_one_message(preset: Path, files_only: None, document: Any) -> None:
     preset.write_text(yaml.safe_dump(document), encoding="utf-8")
     _parses_or_refuses(preset)
 
 
-@settings(SHARED, max_examples=150)
+@settings(SHARED, max_examples=300)
 @given(st.text(alphabet=st.sampled_from("abe:- \n[]{}&*!|>'\"%@`,?#<=~.0123456789+_xo"), max_size=40) | st.text())
 def test_any_text_gives_a_command_or_one_message(preset: Path, files_only: None, text: str) -> None:
     preset.write_text(text, encoding="utf-8", errors="replace")

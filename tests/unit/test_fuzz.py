@@ -27,7 +27,7 @@ from tuning.summary import make_summary
 
 PRESETS = Path(__file__).parents[2] / "recipes" / "presets"
 STEADY = settings(
-    derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 FLAG_TYPES = {key: t for group in field_types(Flags).values() for key, t in field_types(group).items()}
 FILE_KEYS = sorted(FLAG_TYPES.keys() - {*COMMAND_LINE_ONLY})

@@ -67,3 +67,41 @@ time.sleep(5)
 def test_only_rank_0_speaks() -> None:
     script = "interrupts.hold()\nos.kill(os.getpid(), signal.SIGTERM)\n"
     assert outcome(script, rank="1")[2] == ""
+
+
+BLOCK = """
+import ctypes
+interrupts.BLOCKED_SECONDS = 0.5
+mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+lock(mutex)
+if os.fork() == 0:
+    time.sleep(0.5)
+    os.kill(os.getppid(), signal.SIGTERM)
+    os._exit(0)
+"""
+
+
+def test_a_process_that_is_blocked_before_training_ends_as_well() -> None:
+    """In C, where no Python code can run: as when another process of the run is gone before they have met."""
+    assert outcome(BLOCK + "lock(mutex)\n")[0] == 75
+
+
+def test_a_process_that_is_blocked_in_training_is_left_alone() -> None:
+    code, said, _ = outcome(BLOCK + "interrupts.hold()\ntime.sleep(2)\nprint(interrupts.wish())\n")
+    assert (code, said) == (0, "SIGTERM")
+
+
+def test_a_signal_to_a_forked_child_does_not_end_the_parent() -> None:
+    script = """
+interrupts.BLOCKED_SECONDS = 0.3
+child = os.fork()
+if child == 0:
+    interrupts.hold()
+    time.sleep(5)
+    os._exit(0)
+time.sleep(0.3)
+os.kill(child, signal.SIGTERM)
+time.sleep(1)
+print("alive")
+"""
+    assert outcome(script)[:2] == (0, "alive")
