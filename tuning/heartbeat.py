@@ -235,5 +235,6 @@ def _joined(parts: Iterator[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
+    """Type and text of *error*, short enough for a closing line."""
     text = re.sub(r"^\[\S+\] ", "", " ".join(str(error).split()))  # the line of a C++ file
     return f"{type(error).__name__}: {text[:160]}"

@@ -22,14 +22,14 @@ from tuning.data.broken import Unreadable
 from tuning.data.loader import Feed, TrainFeed
 from tuning.engine import Step, train_steps
 from tuning.entering import Entered
-from tuning.errors import UserError, did_you_mean
+from tuning.errors import UserError
 from tuning.heartbeat import beat
 from tuning.losses import Loss
 from tuning.lr_curve import SWEPT, Band, affordable, band, clamped, kind_of, smoothed, smoothing
 from tuning.plan import StagePlan
 from tuning.progress import Progress
 from tuning.schedules import exponential_rise
-from tuning.stages import Stage
+from tuning.stages import Stage, stage_number
 
 DIVERGED = 4.0  # times the best smoothed loss
 EPOCHS_APART = 1_000_000  # sweeps see epochs that no run reaches: other images each, and none twice
@@ -132,13 +132,7 @@ def chosen_stage(plan: Sequence[StagePlan], stage: str | None) -> int:
     """
     if stage is None:
         return max(range(len(plan)), key=lambda index: plan[index].open_parameters)
-    known = [planned.stage.name for planned in plan]
-    if stage in known:
-        return known.index(stage)
-    if stage.isdecimal() and 1 <= int(stage) <= len(plan):
-        return int(stage) - 1
-    listed = ", ".join(f"{number} {name}" for number, name in enumerate(known, start=1))
-    raise UserError(f"--stage {stage}: there is no such stage.{did_you_mean(stage, known)} There are: {listed}.")
+    return stage_number([planned.stage for planned in plan], stage, "--stage")
 
 
 def sweep_stage(

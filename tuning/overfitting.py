@@ -15,20 +15,18 @@ from datasets import Dataset
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from tuning.coerce import shown
 from tuning.data.loader import EvalFeed, Micro
 from tuning.data.sources import Data, image_name
 from tuning.data.splits import stratified_subset
 from tuning.data.tables import label_array, take
 from tuning.engine import Step
 from tuning.entering import Entered
-from tuning.errors import UserError, did_you_mean
 from tuning.flags import Flags
 from tuning.models import ModelInfo, check_image_size
 from tuning.plan import StagePlan, make_plan
 from tuning.replay import Replay
 from tuning.sizes import LARGEST_AUTO_MICRO_BATCH
-from tuning.stages import Stage
+from tuning.stages import Stage, stage_number
 from tuning.suspects import Picture, Suspect
 
 SMALL_BATCH = 16  # pictures
@@ -59,13 +57,7 @@ def choose_stage(stages: Sequence[Stage], wanted: str | None, replay: Replay | N
     """
     if wanted is None:
         return stages[replay.stage] if replay and 0 <= replay.stage < len(stages) else stages[-1]
-    names = [stage.name for stage in stages]
-    if wanted in names:
-        return stages[names.index(wanted)]
-    if wanted.isdecimal() and 1 <= int(wanted) <= len(stages):
-        return stages[int(wanted) - 1]
-    listed = ", ".join(f"{number} = {name}" for number, name in enumerate(names, start=1))
-    raise UserError(f"--overfit-stage {shown(wanted)} is not a stage: {listed}.{did_you_mean(wanted, names)}")
+    return stages[stage_number(stages, wanted, "--overfit-stage")]
 
 
 def small_plan(

@@ -235,3 +235,18 @@ def standard_stages(base: Stage, freeze_epochs: int, freeze_lr: float, unfreeze:
     if not stages:
         raise UserError("--freeze-epochs 0 and --epochs 0 leave nothing to train; raise one of the two.")
     return stages
+
+
+def stage_number(stages: Sequence[Stage], wanted: str, flag: str) -> int:
+    """Index of the stage that *wanted* names, or numbers from 1.
+
+    Raises:
+        UserError: there is no such stage; names *flag* and the stages there are.
+    """
+    names = [stage.name for stage in stages]
+    if wanted in names:
+        return names.index(wanted)
+    if wanted.isdecimal() and 1 <= int(wanted) <= len(names):
+        return int(wanted) - 1
+    listed = ", ".join(f"{number} = {name}" for number, name in enumerate(names, start=1))
+    raise UserError(f"{flag} {shown(wanted)} is not a stage: {listed}.{did_you_mean(wanted, names)}")

@@ -108,7 +108,7 @@ def test_no_confident_answer_is_said_and_is_no_failure(coloured: Path, tmp_path:
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
-        (("--stage", "7"), "--stage 7: there is no such stage. There are: 1 head, 2 all."),
+        (("--stage", "7"), "--stage '7' is not a stage: 1 = head, 2 = all."),
         (("--resume", "auto", "--output", "run"), "--resume auto: an LR finder has nothing to go on with."),
         (("--finder-start", "3"), "--finder-start 3 must be below --finder-end 1,"),
         (("--finder-steps", "9"), "--finder-steps is 9; give a whole number from 10."),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import dataclasses
 import json
 from collections import deque
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from plain_stages import plain_stage as stage
 from torch import Tensor, nn
 
 from tuning.clipping import clipping
@@ -42,16 +42,6 @@ def fresh_accelerate() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-
-
-def stage(**changes: object) -> Stage:
-    base = Stage(
-        name="all", open="all", epochs=1, lr=0.1, lr_ratio=1.0, layer_decay=None, optimizer="sgd", momentum=0.0,
-        weight_decay=0.0, schedule="constant", warmup_epochs=0, cycle_epochs=None, cycle_mult=2, cycle_decay=1.0,
-        step_epochs=None, step_gamma=0.1, lr_floor=0.0, batch_size=4, image_size=None, batch_norm="frozen",
-        augment="none", cache_features=False,
-    )  # fmt: skip
-    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
 def pictures() -> tuple[Tensor, Tensor]:

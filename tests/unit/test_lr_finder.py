@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from plain_stages import plain_stage
 from torch import Tensor, nn
 
 from tuning.clipping import clipping
@@ -58,13 +58,8 @@ def fresh_accelerate() -> Iterator[None]:
 
 
 def stage(**changes: object) -> Stage:
-    base = Stage(
-        name="all", open="all", epochs=1, lr=1e-2, lr_ratio=0.1, layer_decay=None, optimizer="adamw", momentum=0.9,
-        weight_decay=0.05, schedule="cosine", warmup_epochs=0, cycle_epochs=None, cycle_mult=2, cycle_decay=1.0,
-        step_epochs=None, step_gamma=0.1, lr_floor=0.0, batch_size=4, image_size=None, batch_norm="train",
-        augment="none", cache_features=False,
-    )  # fmt: skip
-    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+    own = {"lr": 1e-2, "lr_ratio": 0.1, "optimizer": "adamw", "momentum": 0.9, "weight_decay": 0.05}
+    return plain_stage(**{**own, "schedule": "cosine", "batch_norm": "train", **changes})
 
 
 def network(name: str = "test_efficientnet", **changes: float) -> nn.Module:
@@ -346,7 +341,7 @@ def test_the_stage_in_which_most_is_open_is_the_default() -> None:
     plan = planned_for(model, *stages)
     assert [chosen_stage(plan, name) for name in (None, "1", "4", "again", "head")] == [1, 0, 3, 2, 0]
     for name in ("0", "5", "-1", "agian", "²"):
-        with pytest.raises(UserError, match=r"--stage .*1 head, 2 all, 3 again, 4 top-2"):
+        with pytest.raises(UserError, match=r"--stage .*1 = head, 2 = all, 3 = again, 4 = top-2"):
             chosen_stage(plan, name)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from plain_stages import plain_stage
 from torch import nn
 
 from tuning import checkpoint, saving
@@ -21,14 +22,8 @@ from tuning.errors import UserError
 from tuning.plan import make_plan
 from tuning.progress import Progress
 from tuning.saving import Saver
-from tuning.stages import Stage
 
-STAGE = Stage(
-    name="all", open="all", epochs=1, lr=0.1, lr_ratio=1.0, layer_decay=None, optimizer="adamw", momentum=0.9,
-    weight_decay=0.1, schedule="constant", warmup_epochs=0, cycle_epochs=None, cycle_mult=2, cycle_decay=1.0,
-    step_epochs=None, step_gamma=0.1, lr_floor=0.0, batch_size=4, image_size=None, batch_norm="train",
-    augment="none", cache_features=False,
-)  # fmt: skip
+STAGE = plain_stage(optimizer="adamw", momentum=0.9, weight_decay=0.1, batch_norm="train")
 
 
 @pytest.fixture(autouse=True)
