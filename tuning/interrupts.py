@@ -28,6 +28,7 @@ class StopRequested(KeyboardInterrupt):
 class _State:
     held: bool = False
     wish: str | None = None
+    noted: bool = False  # a signal has reached the main thread
     first_ctrl_c: float | None = None
     watching: int | None = None  # process whose wake-ups are watched
 
@@ -42,7 +43,7 @@ def listen() -> None:
         if hasattr(signal, name):  # Windows has no SIGUSR1
             signal.signal(getattr(signal, name), _on_signal)
     if _state.watching != os.getpid():  # a fork has no threads
-        _state.watching = os.getpid()
+        _state.watching, _state.noted = os.getpid(), False
         _watch()
 
 
@@ -65,7 +66,7 @@ def _end_if_blocked(awake: socket.socket, wake: socket.socket) -> None:
         if awake.recv(1)[0] not in numbers:
             continue
         time.sleep(BLOCKED_SECONDS)
-        if not _state.held and _state.wish is None:
+        if not (_state.held or _state.noted):
             os._exit(75)
 
 
@@ -80,6 +81,7 @@ def hold() -> None:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
+    _state.noted = True
     name = signal.Signals(number).name
     if name == "SIGINT":
         _end_at_second_ctrl_c()

@@ -91,6 +91,21 @@ def test_a_process_that_is_blocked_in_training_is_left_alone() -> None:
     assert (code, said) == (0, "SIGTERM")
 
 
+def test_a_signal_that_was_noted_ends_nothing_later() -> None:
+    """A program that catches the stop and goes on, as the tests of this project do, is not ended seconds later."""
+    script = """
+interrupts.BLOCKED_SECONDS = 0.3
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+except interrupts.StopRequested:
+    interrupts.listen()
+time.sleep(1)
+print("alive")
+"""
+    assert outcome(script)[:2] == (0, "alive")
+
+
 def test_a_signal_to_a_forked_child_does_not_end_the_parent() -> None:
     script = """
 interrupts.BLOCKED_SECONDS = 0.3
