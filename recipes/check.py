@@ -24,13 +24,10 @@ def check(command: Command) -> None:
     import torch
 
     from tuning import run_folder, session
-    from tuning.clipping import clipping
     from tuning.console import Speaker, shown_path
-    from tuning.data.tables import label_array
     from tuning.entering import enter_stage
     from tuning.errors import UserError
     from tuning.feeds import stage_feeds
-    from tuning.losses import balanced_weights, cross_entropy
     from tuning.preflight import report, suspects, verdict
     from tuning.preflight.findings import Finding, count, in_order
     from tuning.preflight.memory import fitting_micro_batch
@@ -45,7 +42,7 @@ def check(command: Command) -> None:
         try_stage,
         uniform_loss,
     )
-    from tuning.preparing import data_and_model, plan_stages
+    from tuning.preparing import data_and_model, objective, plan_stages
     from tuning.unreadable import UnreadablePictures
 
     flags, run, asked, started = command.flags, command.flags.run, command.flags.check, time.time()
@@ -73,11 +70,10 @@ def check(command: Command) -> None:
         )
     measured = {"data": data.name, "model": info.name, **picture_facts(pictures), "classes": suspects.class_facts(data)}
     measured["decoded"], measured["reading_seconds"] = asked.decode, round(time.time() - reading, 2)
-    balanced = flags.regularisation.class_weights == "balanced"
     limits = suspects.Limits(asked.min_side, asked.max_aspect, asked.max_megapixels, asked.near_bits)
     findings = [
         *suspects.picture_findings(data, pictures, limits),
-        *suspects.class_findings(data, balanced),
+        *suspects.class_findings(data, flags.regularisation.class_weights == "balanced"),
         *suspects.size_findings(pictures, info.input_size),
         *verdict.schedule_findings(plan),
         *(Finding("data", "note", note) for note in data.notes),
@@ -85,9 +81,7 @@ def check(command: Command) -> None:
 
     # 3. A few optimizer steps of every stage, by the engine that trains, and one of the largest micro-batch.
     classes, regularisation, seed = len(data.classes), flags.regularisation, run.seed
-    class_weights = balanced_weights(label_array(data.train), classes).to(accelerator.device) if balanced else None
-    loss = cross_entropy(regularisation.label_smoothing, class_weights)
-    clip = clipping(flags.optimisation.clip_norm, flags.optimisation.clip_value, flags.optimisation.clip_agc)
+    loss, clip, class_weights = objective(accelerator, flags, data)
     workers = session.loader_workers(accelerator, flags.batch.workers)
     trials: list[StageTrial] = []
     entered = None

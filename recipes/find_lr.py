@@ -19,19 +19,16 @@ def find_lr(command: Command) -> None:
     from collections.abc import Iterable, Iterator, Mapping
 
     from tuning import resuming, session
-    from tuning.clipping import clipping
     from tuning.console import Speaker
-    from tuning.data.tables import label_array
     from tuning.engine import Step
     from tuning.entering import enter_stage
     from tuning.errors import UserError
     from tuning.feeds import plain_feed, stage_feeds
     from tuning.head_fit import fit_head
-    from tuning.losses import balanced_weights, cross_entropy
-    from tuning.lr_finder import chosen_stage, search_for, sweep_stage
-    from tuning.lr_report import draw_sweeps, facts, table
+    from tuning.lr_finder import chosen_stage, find, search_for
+    from tuning.lr_report import draw, facts, race_table, table
     from tuning.numerical_faults import NumericalFaults
-    from tuning.preparing import data_and_model, plan_stages
+    from tuning.preparing import data_and_model, objective, plan_stages
     from tuning.run_folder import git_commit
     from tuning.summary import failure_noted, versions
     from tuning.track import Curves, check_tracker, described, open_tracker
@@ -48,16 +45,15 @@ def find_lr(command: Command) -> None:
     plan = plan_stages(accelerator, command, data, model, info)
     number = chosen_stage(plan, finder.stage)
     planned = plan[number]
-    search = search_for(
-        planned.stage, finder.finder_start, finder.finder_end, finder.finder_steps, finder.finder_sweeps
-    )
+    search = search_for(planned.stage, finder)
     check_tracker(run.tracker)
     start = resuming.locate(accelerator, run, command.config, f"find_lr-{info.name}", data.name, started)
     folder = start.folder
     speaker.show_plan(plan, data, info, accelerator, folder, best_by=run.best_by)
+    race = f", then a race over {search.race} steps" if search.race else ""
     speaker.say(
         f"Sweeping stage {number + 1} ({planned.stage.name}): {search.sweeps} x {search.steps} steps, head LR "
-        f"from {search.start:g} to {search.end:g}. The stages before it are not trained first."
+        f"from {search.start:g} to {search.end:g}{race}. The stages before it are not trained first."
     )
     if run.dry_run:
         speaker.say("Dry run: nothing was swept.")
@@ -71,11 +67,7 @@ def find_lr(command: Command) -> None:
     curves = Curves(accelerator, folder, tracker, run.log_every, faults, 0)
 
     # 3. The stage, exactly as the run would enter it.
-    classes, regularisation = len(data.classes), flags.regularisation
-    balanced = regularisation.class_weights == "balanced"
-    class_weights = balanced_weights(label_array(data.train), classes).to(accelerator.device) if balanced else None
-    loss = cross_entropy(regularisation.label_smoothing, class_weights)
-    clip = clipping(flags.optimisation.clip_norm, flags.optimisation.clip_value, flags.optimisation.clip_agc)
+    loss, clip, class_weights = objective(accelerator, flags, data)
     workers = session.loader_workers(accelerator, flags.batch.workers)
     unreadable = UnreadablePictures(accelerator, None, data, run.max_unreadable, resumed=False)
 
@@ -84,27 +76,29 @@ def find_lr(command: Command) -> None:
 
     def shown_steps(steps: Iterable[Step]) -> Iterator[Step]:
         for step in steps:
-            speaker.show_progress("sweep", step.step, search.steps, {})
+            speaker.show_progress("trial", step.step, search.steps, {})
             yield step
 
     with speaker, failure_noted(folder, accelerator.is_main_process):
         entered = enter_stage(accelerator, model, planned)
         if flags.model.head_init == "fitted":
             pictures = plain_feed(accelerator, data.train, planned, info, workers, unreadable.train)
-            fit_head(accelerator, model, pictures, class_weights, classes, run.seed)
+            fit_head(accelerator, model, pictures, class_weights, len(data.classes), run.seed)
         feeds = stage_feeds(
-            accelerator, entered, planned, data, info, unreadable, run.seed, regularisation.flip, workers
+            accelerator, entered, planned, data, info, unreadable, run.seed, flags.regularisation.flip, workers
         )
 
-        # 4. The sweeps, and what they say.
-        found = sweep_stage(accelerator, entered, feeds.train, loss, clip, run.seed, search, write, shown_steps)
+        # 4. The sweeps and the race, and what they say.
+        found = find(accelerator, entered, feeds.train, loss, clip, run.seed, search, write, shown_steps)
     speaker.console.print(table(found))
+    if found.race:
+        speaker.console.print(race_table(found))
     speaker.say(f"--lr: {found.described()}")
     if found.lr is None:
         speaker.say(f"The learning rate stays what it was: {planned.stage.lr:g}.")
     if accelerator.is_main_process:
         curves.close()
-        draw_sweeps(found, folder.plots / "lr_finder.png")
+        draw(found, folder.plots / "lr_finder.png")
         about = {"stage": number, "seconds": round(time.time() - started, 1), "world_size": accelerator.num_processes}
         summary = {"status": "done", **facts(found), **about, "versions": versions(), "git_commit": git_commit()}
         folder.write_summary(summary)

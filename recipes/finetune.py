@@ -18,13 +18,13 @@ from tuning.command_line import Command, run_recipe
 def finetune(command: Command) -> None:
     """Fine-tune any timm backbone in stages. Without flags: the demo, on photos of solar cells."""
     # The flags are known to be right by now; only here torch is imported.
+    from functools import partial
+
     from timm.utils import ModelEmaV3
 
     from tuning import checkpoint, interrupts, plots, resuming, session
     from tuning.agreement import refuse_drift
-    from tuning.clipping import clipping
     from tuning.console import Speaker
-    from tuning.data.tables import label_array
     from tuning.echoes import first_error
     from tuning.engine import train_steps
     from tuning.entering import enter_stage
@@ -32,11 +32,13 @@ def finetune(command: Command) -> None:
     from tuning.feeds import StageFeeds, plain_feed, stage_feeds
     from tuning.head_fit import fit_head
     from tuning.heartbeat import beat
-    from tuning.losses import balanced_weights, cross_entropy
+    from tuning.lr_auto import must_search, with_found
+    from tuning.lr_finder import find, search_for
+    from tuning.lr_report import draw
     from tuning.models import keep_best
     from tuning.numerical_faults import NumericalFaults
     from tuning.plan import StagePlan
-    from tuning.preparing import data_and_model, plan_stages
+    from tuning.preparing import data_and_model, objective, plan_stages
     from tuning.saving import Saver
     from tuning.stopping import Boundary, end_run
     from tuning.summary import better, failure_noted, is_done, make_summary
@@ -66,7 +68,8 @@ def finetune(command: Command) -> None:
 
     # 4. Where we are: at the start, or where an earlier run stopped.
     progress, found = start.progress, start.found
-    earlier_seconds, last_step = progress.seconds, min(sum(p.steps for p in plan), run.max_steps or 2**63)
+    planned_steps = sum(planned.steps for planned in plan)
+    earlier_seconds, last_step = progress.seconds, min(planned_steps, run.max_steps or 2**63)
     if progress.step >= last_step and is_done(folder):
         speaker.say(f"Nothing left to do: the run in {folder.path} has made its {progress.step:,} steps.")
         return
@@ -76,7 +79,7 @@ def finetune(command: Command) -> None:
         unreadable = UnreadablePictures(accelerator, folder.path, data, run.max_unreadable, resumed=found is not None)
         speaker.say_resumed(start, accelerator.num_processes)
         if accelerator.is_main_process:
-            plots.draw_schedule(plan, folder.plots / "schedule.png")
+            plots.draw_schedule([with_found(planned, progress) for planned in plan], folder.plots / "schedule.png")
 
         # 5. Tracking: metrics.jsonl always, W&B or TensorBoard beside it.
         shown = described(command, accelerator)
@@ -87,10 +90,7 @@ def finetune(command: Command) -> None:
 
         # 6. Training: one `for` over stages, one over optimizer steps.
         classes, regularisation = len(data.classes), flags.regularisation
-        balanced = regularisation.class_weights == "balanced"
-        class_weights = balanced_weights(label_array(data.train), classes).to(accelerator.device) if balanced else None
-        loss = cross_entropy(regularisation.label_smoothing, class_weights)
-        clip = clipping(flags.optimisation.clip_norm, flags.optimisation.clip_value, flags.optimisation.clip_agc)
+        loss, clip, class_weights = objective(accelerator, flags, data)
         workers = session.loader_workers(accelerator, flags.batch.workers)
         decay = regularisation.ema_decay
         ema = ModelEmaV3(model, decay, use_warmup=True) if decay else None
@@ -117,6 +117,18 @@ def finetune(command: Command) -> None:
                 if not accelerator.is_main_process or keep_best(best_model, at_size, data.classes, folder.model):
                     progress.best, progress.best_step = reached, progress.step
 
+        def find_lr(feeds: StageFeeds, planned: StagePlan) -> None:
+            """Search for the learning rate of a stage; only `progress` and the curves keep a trace."""
+            search = search_for(planned.stage, flags.finder, planned_steps)
+            watched = partial(boundary.watch, during="the search for a learning rate")
+            write = curves.writer_at(progress)
+            found = find(accelerator, entered, feeds.train, loss, clip, run.seed, search, write, watched)
+            progress.searched, progress.lr = progress.stage, found.lr
+            speaker.say_found(planned, found, planned_steps)
+            if accelerator.is_main_process:
+                draw(found, folder.plots / "lr_finder.png")
+                plots.draw_schedule([with_found(p, progress) for p in plan], folder.plots / "schedule.png")
+
         def save() -> None:
             """Begin to write a checkpoint from which the run can go on; a thread finishes it."""
             curves.flush(progress)
@@ -130,7 +142,7 @@ def finetune(command: Command) -> None:
         interrupts.hold()  # from here on there is something to lose: a signal waits for the next boundary
         with saver, first_error():
             while progress.step < last_step or judge_first:
-                planned = plan[progress.stage]
+                planned = with_found(plan[progress.stage], progress)
                 entered = enter_stage(accelerator, model, planned, before=entered)
                 if found:
                     checkpoint.load(accelerator, found, entered, averaged)
@@ -147,6 +159,10 @@ def finetune(command: Command) -> None:
                 if judge_first:
                     judge(feeds, planned, planned.stage.name)
                     judge_first = False
+                if must_search(plan, progress, flags.finder.finder_at):
+                    find_lr(feeds, plan[progress.stage])
+                    planned = with_found(plan[progress.stage], progress)
+                    entered = enter_stage(accelerator, model, planned, before=entered)
                 curves.begin_stage(planned.stage.name, progress)
 
                 for step in train_steps(accelerator, entered, feeds.train, loss, clip, progress, run.seed):

@@ -84,11 +84,16 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
     check("give a share in (0, 1]", lambda x: 0 < x <= 1, "crop_pct")
     check("give a decay between 0 and 1, for example 0.999", lambda x: 0 < x < 1, "ema_decay")
     check("give a fraction between 0 and 1, for example 0.25", lambda x: 0 < x < 1, "val_fraction")
-    check("give a learning rate above 0, for example 3e-4", above_0, "lr", "freeze_lr")
+    _refuse(
+        values["lr"] == "auto" or above_0(values["lr"]), "lr", values, "give auto, or more than 0, for example 3e-4"
+    )
+    check("give a learning rate above 0, for example 3e-4", above_0, "freeze_lr")
     check("give a learning rate above 0, for example 1e-6", above_0, "finder_start", "finder_end")
     check("give a norm above 0, or 0 for off", lambda x: 0 <= x < math.inf, "clip_norm")
     check("give a number above 0", above_0, "clip_value", "clip_agc")
     check("give a loss above 0, for example 0.1", above_0, "overfit_target")
+    check("give a share in (0, 1], for example 0.1", lambda x: 0 < x <= 1, "finder_share")
+    check("give 0, or a whole number from 10", lambda x: x == 0 or x >= 10, "finder_race")
     check("give a share in [0, 1], for example 0.01", lambda x: 0 <= x <= 1, "max_unreadable")
     check("give minutes above 0, for example 90", above_0, "stop_after")
     check("give a ratio of sides from 1, for example 4", lambda x: 1 <= x < math.inf, "max_aspect")
@@ -105,7 +110,8 @@ def refuse_without_effect(
     typed = [key for key in values if values[key] != before[key]]
     for group, owner in GROUPS_OF_RECIPES.items():
         for key in vars(getattr(flags, group)).keys() & set(typed):
-            if recipe.startswith("recipes/") and recipe != owner:
+            searches = group == "finder" and key != "stage" and any(stage.find_lr for stage in stages)
+            if recipe.startswith("recipes/") and recipe != owner and not searches:
                 flag = key.replace("_", "-")
                 raise UserError(f"--{flag} {values[key]} is for {owner} and has no effect in {recipe}. Drop it.")
     if listed is not None:
@@ -133,6 +139,11 @@ def _check_combinations(flags: Flags) -> None:
         raise UserError(
             f"--layer-decay {optimisation.layer_decay} and --lr-ratio {optimisation.lr_ratio} exclude each other: both "
             "set the learning rates of lower layers. Give one of the two."
+        )
+    if optimisation.lr == "auto" and optimisation.lr_scaling != "none":
+        raise UserError(
+            f"--lr auto is found for --batch-size as it is; --lr-scaling {optimisation.lr_scaling} would change it. "
+            "Leave --lr-scaling out."
         )
     if optimisation.clip_value is not None and optimisation.clip_agc is not None:
         raise UserError(

@@ -26,6 +26,7 @@ from tuning.stages import Stage, check_stage, read_stages, standard_stages
 NOT_IN_CONFIG = ("output", "run_name", "resume", "stop_after", "dry_run", "preset", "config", "print_config")
 COMMAND_LINE_ONLY = ("preset", "config", "print_config")
 DEMO_PRESET = "demo"
+DEFAULT_LR = 3e-4  # of --lr auto without a confident answer
 
 
 @dataclass(frozen=True)
@@ -274,6 +275,8 @@ def _base_stage(flags: Flags) -> Stage:
     given = {key: values[key] for key in field_types(Stage) if key in values}
     if flags.optimisation.layer_decay is None and flags.optimisation.lr_ratio is None:
         given["lr_ratio"] = 1.0 if flags.model.weights == "none" else 0.1
+    if flags.optimisation.lr == "auto":
+        given |= {"lr": DEFAULT_LR, "find_lr": True}
     if flags.staging.batch_norm == "auto":
         given["batch_norm"] = "train" if flags.model.weights == "none" else "frozen"
     return Stage(name="all", open="all", **given)

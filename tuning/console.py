@@ -18,6 +18,7 @@ from rich.table import Table
 
 from tuning.data.sources import Data
 from tuning.data.tables import label_array
+from tuning.lr_finder import Found
 from tuning.models import ModelInfo
 from tuning.plan import StagePlan
 from tuning.resuming import Start
@@ -123,6 +124,13 @@ class Speaker:
             if before != now:
                 self.say(f"note: {name} were {before}, now {now}: equal up to float rounding.")
 
+    def say_found(self, planned: StagePlan, found: Found, planned_steps: int) -> None:
+        """What `--lr auto` found for a stage, and its price."""
+        share = found.steps / planned_steps
+        self.say(f"{planned.stage.name:>10}  --lr auto: {found.described()} That is {share:.0%} of the run's steps.")
+        if found.lr is None:
+            self.say(f"{'':>10}  The learning rate stays {planned.stage.lr:g}.")
+
     def say_evaluation(
         self, stage: str, epoch: float, judged: Mapping[str, Mapping[str, float]], latest: Mapping[str, float]
     ) -> None:
@@ -180,7 +188,7 @@ class Speaker:
                 f"{planned.steps:,}",
                 shared,
                 str(planned.image_size),
-                f"{rates[0]:.3g} .. {rates[-1]:.3g}",
+                f"{rates[0]:.3g} .. {rates[-1]:.3g}" + (" or found" if stage.find_lr else ""),
                 how,
             )
         self.console.print(table)

@@ -71,8 +71,9 @@ class BatchFlags:
 class OptimisationFlags:
     optimizer: str = "adamw"
     """Any optimizer of timm's factory: adamw, sgd (with momentum), lamb, lion, ..."""
-    lr: float = 3e-4
-    """Peak learning rate of the head; lower layers follow from --lr-ratio or --layer-decay."""
+    lr: float | Literal["auto"] = 3e-4
+    """Peak learning rate of the head; lower layers follow from --lr-ratio or --layer-decay. auto = what the LR finder
+    says, 3e-4 if it has no confident answer."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """Multiply --lr by batch size / --lr-batch (Goyal et al. 2017), or by its square root."""
     lr_batch: int = 256
@@ -240,6 +241,14 @@ class FinderFlags:
     """Optimizer steps of one sweep of the LR finder, from 10."""
     finder_sweeps: int = 3
     """Sweeps of the LR finder, each over other images; their agreement is its confidence."""
+    finder_race: int = 50
+    """Optimizer steps that every learning rate around the sweeps' answer then trains, from the same start on the same
+    images; the one that ends lowest is the answer. 0 = the sweeps alone decide; else from 10."""
+    finder_at: Literal["start", "stages", "sizes"] = "start"
+    """When --lr auto searches: at the start of the first stage that takes --lr; of each; or of each with another image
+    size than the one before."""
+    finder_share: float = 0.1
+    """Share of the run's optimizer steps that one search of --lr auto may cost, in (0, 1]; 190 steps it may always."""
     stage: str | None = None
     """Stage that recipes/find_lr.py sweeps: its name, or its number from 1. Default: the first of those in which most
     is open."""

@@ -22,7 +22,6 @@ Values = npt.NDArray[np.float64]
 Curve = tuple[Sequence[float], Sequence[float]]  # learning rates, losses
 
 FEWEST_POINTS = 8
-FEWEST_STEPS = 30  # of a sweep that has to be cheap
 SMOOTHING_DECADES = 0.6  # of learning rate, over which the moving average forgets
 SMALLEST_DROP = 0.05  # of the first level of the loss
 SUREST_DROP = 5.0  # standard errors
@@ -42,9 +41,10 @@ EXPLAINED = {
 # Kinds of optimizers, by what their names in timm's factory hold; the others scale their steps as Adam does.
 PLAIN, SIGN = ("sgd", "momentum", "nesterov", "lars", "larc"), ("lion",)
 Range = tuple[float, float]
+Part = Literal["head", "transformer", "other"]
 # Learning rates of the head worth trying, and those that --lr auto may take: head alone, transformer, other network.
 SWEPT: dict[str, Range] = {"plain": (1e-5, 10.0), "adaptive": (1e-6, 1.0), "sign": (1e-7, 0.1)}
-TAKEN: dict[str, dict[str, Range]] = {
+TAKEN: dict[str, dict[Part, Range]] = {
     "plain": {"head": (1e-3, 10.0), "transformer": (1e-4, 0.1), "other": (1e-3, 1.0)},
     "adaptive": {"head": (1e-5, 0.1), "transformer": (1e-6, 1e-3), "other": (1e-5, 1e-2)},
     "sign": {"head": (1e-6, 1e-2), "transformer": (1e-7, 1e-4), "other": (1e-6, 1e-3)},
@@ -150,21 +150,16 @@ def kind_of(optimizer: str) -> str:
     return "adaptive"
 
 
-def clamped(lr: float, optimizer: str, part: Literal["head", "transformer", "other"]) -> float:
-    """*lr* brought into the range that is known to work (`TAKEN`) for what a stage trains: AdamW on a whole
-    transformer, for example, between 1e-6 and 1e-3."""
-    low, high = TAKEN[kind_of(optimizer)][part]
+def taken(optimizer: str, part: Part) -> Range:
+    """Lowest and highest learning rate known to work (`TAKEN`) for what a stage trains: AdamW on a whole transformer,
+    for example, between 1e-6 and 1e-3."""
+    return TAKEN[kind_of(optimizer)][part]
+
+
+def clamped(lr: float, optimizer: str, part: Part) -> float:
+    """*lr* brought into the range that is `taken`."""
+    low, high = taken(optimizer, part)
     return min(max(lr, low), high)
-
-
-def affordable(planned_steps: int, steps: int, sweeps: int, share: float) -> tuple[int, int]:
-    """(steps a sweep, sweeps) that together cost at most *share* of *planned_steps* optimizer steps, or 30 steps.
-
-    Sweeps are given up before they get shorter than 30 steps.
-    """
-    budget = max(FEWEST_STEPS, int(share * planned_steps))
-    sweeps = max(1, min(sweeps, budget // min(steps, FEWEST_STEPS)))
-    return min(steps, budget // sweeps), sweeps
 
 
 def smoothing(lrs: Sequence[float] | Values) -> float:

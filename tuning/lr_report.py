@@ -13,20 +13,22 @@ from rich.table import Table
 from tuning import plots
 from tuning.lr_curve import smoothed, smoothing
 from tuning.lr_finder import Found
+from tuning.records import number as finite
 
 SHOWN_UP_TO = 2.0  # times the first loss
 
 
 def facts(found: Found) -> dict[str, Any]:
-    """The answer for ``summary.json``: ``chosen``, ``reason``, ``band``, and what the rules said of every sweep."""
+    """The answer for ``summary.json``: ``chosen``, ``reason``, ``band``, what every sweep and the race said."""
     pairs = zip(found.sweeps, found.band.suggestions, strict=True)
     sweeps = [{**vars(said), "steps": len(swept.losses), "ended": swept.ended} for swept, said in pairs]
     return {
         "chosen": found.lr,
-        "reason": found.band.reason,
+        "reason": found.reason,
         "band": [found.band.low, found.band.high],
         "steps": found.steps,
         "sweeps": sweeps,
+        "race": [{"lr": c.lr, "loss": finite(c.score), "steps": len(c.losses)} for c in found.race],
     }
 
 
@@ -36,34 +38,48 @@ def table(found: Found) -> Table:
     for heading in ("sweep", "steps", "ended", "lowest loss", "valley", "steep", "minimum/10", "chosen"):
         shown.add_column(heading, justify="right")
     for number, (swept, said) in enumerate(zip(found.sweeps, found.band.suggestions, strict=True), start=1):
-        finite = [loss for loss in swept.losses if math.isfinite(loss)]
+        losses = [loss for loss in swept.losses if math.isfinite(loss)]
         rules = ["-" if lr is None else f"{lr:.1e}" for lr in (said.valley, said.steep, said.minimum)]
         chosen = said.reason if said.chosen is None else f"{said.chosen:.1e}"
-        lowest = f"{min(finite):.3f}" if finite else "-"
+        lowest = f"{min(losses):.3f}" if losses else "-"
         shown.add_row(str(number), str(len(swept.losses)), swept.ended, lowest, *rules, chosen)
     return shown
 
 
-def draw_sweeps(found: Found, path: Path) -> None:
-    """Losses of every sweep over the learning rate, measured and smoothed, with the band and the answer."""
+def draw(found: Found, path: Path) -> None:
+    """Losses over the learning rate: of every sweep, measured and smoothed, and of the race; the band, the answer."""
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     for number, swept in enumerate(found.sweeps):
         smooth = smoothed(swept.losses, smoothing(swept.lrs))
         colour = f"C{number % 10}"
         axes.plot(swept.lrs, _drawable(swept.losses), ".", markersize=2, color=colour, alpha=0.5)
         axes.plot(swept.lrs, _drawable(smooth), linewidth=1, color=colour, label=f"sweep {number + 1}, {swept.ended}")
+    if found.race:
+        lrs, scores = [c.lr for c in found.race], _drawable(c.score for c in found.race)
+        axes.plot(lrs, scores, "D--", color="black", markersize=4, label=f"after {found.race[0].steps} steps at it")
     low, high = found.band.low, found.band.high
     if low is not None and high is not None:
         axes.axvspan(low, high, color="grey", alpha=0.2, label="choices of the sweeps")
     if found.lr is not None:
         axes.axvline(found.lr, color="black", linewidth=1, label=f"chosen {found.lr:.2e}")
-    title = "" if found.lr is not None else f"no confident answer: {found.band.reason.partition(':')[0]}"
+    title = "" if found.lr is not None else f"no confident answer: {found.reason.partition(':')[0]}"
     firsts = [swept.losses[0] for swept in found.sweeps if math.isfinite(swept.losses[0])]
     if firsts:
         axes.set_ylim(0, SHOWN_UP_TO * max(firsts))  # what diverges would flatten all else
     axes.set(xscale="log", xlabel="learning rate of the head", ylabel="loss of a step", title=title)
     axes.legend(fontsize=7)
     plots.save(figure, path)
+
+
+def race_table(found: Found) -> Table:
+    """One row a candidate: where its loss ended."""
+    shown = Table(title="Race, learning rate of the head", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for heading in ("learning rate", "steps", "loss at the end"):
+        shown.add_column(heading, justify="right")
+    for candidate in found.race:
+        end = "diverged" if math.isinf(candidate.score) else f"{candidate.score:.4f}"
+        shown.add_row(f"{candidate.lr:.1e}", str(len(candidate.losses)), end)
+    return shown
 
 
 def _drawable(losses: Iterable[float]) -> list[float]:

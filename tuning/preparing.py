@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from accelerate import Accelerator
-from torch import nn
+from typing import NamedTuple
 
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from tuning.clipping import Clip, clipping
 from tuning.command_line import Command
 from tuning.data.sources import Data, open_data
+from tuning.data.tables import label_array
 from tuning.flags import Flags
 from tuning.head_fit import linear_classifier
+from tuning.losses import Loss, balanced_weights, cross_entropy
 from tuning.models import ModelInfo, build, check_image_size
 from tuning.plan import StagePlan, make_plan
 
@@ -57,3 +62,26 @@ def plan_stages(
     if command.flags.model.head_init == "fitted":
         linear_classifier(model)
     return plan
+
+
+class Objective(NamedTuple):
+    """What an optimizer step does about its images.
+
+    Attributes:
+        loss: of every image.
+        clip: of the gradients of the mean loss.
+        class_weights: ``(K,)`` in `loss`, on the accelerator's device; None = all classes count as they come.
+    """
+
+    loss: Loss
+    clip: Clip
+    class_weights: Tensor | None
+
+
+def objective(accelerator: Accelerator, flags: Flags, data: Data) -> Objective:
+    """The loss and the clipping that the flags ask for."""
+    balanced = flags.regularisation.class_weights == "balanced"
+    weights = balanced_weights(label_array(data.train), len(data.classes)).to(accelerator.device) if balanced else None
+    loss = cross_entropy(flags.regularisation.label_smoothing, weights)
+    optimisation = flags.optimisation
+    return Objective(loss, clipping(optimisation.clip_norm, optimisation.clip_value, optimisation.clip_agc), weights)

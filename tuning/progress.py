@@ -24,6 +24,8 @@ class Progress:
         best: best value of the metric that chooses ``model/``; None before the first evaluation.
         best_step: optimizer steps completed when that was reached.
         seconds: wall-clock time of the parts of the run before this one.
+        searched: index of the stage at whose start the LR finder ran last; None before that.
+        lr: what it found, the head's peak learning rate; None without a confident answer.
         tracker_id: id of the run in the tracker, so that a resumed run continues the same curves.
     """
 
@@ -38,6 +40,8 @@ class Progress:
     best: float | None = None
     best_step: int | None = None
     seconds: float = 0.0
+    searched: int | None = None
+    lr: float | None = None
     tracker_id: str | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from tuning.run_folder import write_atomically
 
-TRAINING, EVALUATION, OF_AVERAGE, OTHER = 0, 1, 2, 3
+TRAINING, EVALUATION, OF_AVERAGE, FINDER, OTHER = 0, 1, 2, 3, 4
 LARGEST_STEP = 2**63 - 1
 
 
@@ -54,14 +54,18 @@ def number(value: object) -> float | None:
         return None
 
 
-def order(record: Mapping[str, Any]) -> tuple[int, int]:
-    """Place of a record in the run: its step, then training, evaluation, that of averaged weights, anything else."""
+def order(record: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Place of a record in the run: its step; training, evaluation, that of averaged weights, LR finder, anything else;
+    its number among those of an LR finder."""
+    step: int = record["step"]
     if "train/loss" in record:
-        return record["step"], TRAINING
+        return step, TRAINING, 0
+    if type(number := record.get("lr_finder/number")) is int:
+        return step, FINDER, number
     for kind, prefix in ((EVALUATION, "eval/"), (OF_AVERAGE, "eval_ema/")):
         if any(key.startswith(prefix) for key in record):
-            return record["step"], kind
-    return record["step"], OTHER
+            return step, kind, 0
+    return step, OTHER, 0
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -82,7 +86,7 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def _is_before(record: Mapping[str, Any] | None, step: int) -> bool:
-    return record is not None and step > 0 and order(record) <= (step, TRAINING)
+    return record is not None and step > 0 and order(record) <= (step, TRAINING, 0)
 
 
 class RecordFile:

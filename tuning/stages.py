@@ -33,6 +33,7 @@ class Stage:
         batch_size: images per optimizer step over all processes.
         image_size: side of the input in pixels (None = the model's).
         cache_features: compute the input of the head once; for ``open: head`` only.
+        find_lr: `lr` is kept only if the LR finder has no confident answer (``lr: auto``).
     """
 
     name: str
@@ -57,6 +58,7 @@ class Stage:
     batch_norm: Literal["frozen", "train"]
     augment: Literal["none", "light", "medium"]
     cache_features: bool
+    find_lr: bool = False
 
     def steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole stage."""
@@ -174,7 +176,7 @@ def read_stages(listed: Sequence[Mapping[str, Any]], base: Stage, where: str) ->
 
 
 def _read_stage(entry: Mapping[str, Any], base: Stage, where: str) -> Stage:
-    types = field_types(Stage)
+    types = {key: kind for key, kind in field_types(Stage).items() if key != "find_lr"}  # which is lr: auto
     given: dict[str, Any] = {}
     for key, value in entry.items():
         key = as_key(key)
@@ -182,6 +184,10 @@ def _read_stage(entry: Mapping[str, Any], base: Stage, where: str) -> Stage:
             raise UserError(
                 f"{where} has the unknown key {shown(key)}.{did_you_mean(key, types)} Known: {', '.join(types)}."
             )
+        if key == "lr":
+            given["find_lr"] = value == "auto"
+            if value == "auto":
+                continue
         given[key] = _read_depth(value) if key == "open" else coerce(value, types[key], f"{where}, {key}")
     if "open" not in given:
         raise UserError(f"{where} doesn't say what is open; add open: head, all, or a number of layers.")
@@ -221,7 +227,8 @@ def standard_stages(base: Stage, freeze_epochs: int, freeze_lr: float, unfreeze:
     """
     stages = []
     if freeze_epochs:
-        stages.append(dataclasses.replace(base, name="head", open="head", epochs=freeze_epochs, lr=freeze_lr))
+        head = dataclasses.replace(base, name="head", open="head", epochs=freeze_epochs)
+        stages.append(dataclasses.replace(head, lr=freeze_lr, find_lr=False))
     if base.epochs and unfreeze == "all":
         stages.append(dataclasses.replace(base, name="all", open="all", cache_features=False))
     elif base.epochs:

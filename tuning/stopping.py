@@ -87,8 +87,11 @@ class Boundary:
         on_step = bool(step and isinstance(self._save_every, int) and self._save_every and step % self._save_every == 0)
         return Asked(reason, on_step or bool(wishes[1]))
 
-    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def watch(self, batches: Iterable[Batch], during: str = "an evaluation") -> Iterator[Batch]:
         """*batches*, until all processes agree to stop. A failed save waits for the next optimizer step.
+
+        Args:
+            during: what is left, for the message.
 
         Raises:
             StopRequested: on every process, before the same batch. What was trained must be saved already.
@@ -96,7 +99,7 @@ class Boundary:
         for batch in batches:
             stop = self.agree().stop
             if stop and stop != BY_FAILED_SAVE:
-                raise StopRequested(f"{stop}, in an evaluation")
+                raise StopRequested(f"{stop}, in {during}")
             yield batch
 
     def close(self) -> None:

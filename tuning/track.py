@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,6 +103,14 @@ class Curves:
         values = {f"{whose}/{name}": value for whose, metrics in judged.items() for name, value in metrics.items()}
         self.write(values, progress.step, epoch, progress.stage)
         self._resume_clock()
+
+    def writer_at(self, progress: Progress) -> Callable[[Mapping[str, float], int], None]:
+        """A function that writes the numbered records of an LR finder at the place where the run stands."""
+
+        def write(values: Mapping[str, float], number: int) -> None:
+            self.write({"lr_finder/number": number, **values}, progress.step, progress.epoch, progress.stage)
+
+        return write
 
     def _resume_clock(self) -> None:
         self._window_start = time.perf_counter()
@@ -212,6 +220,8 @@ def open_tracker(
     tracker = accelerator.get_tracker(name)
     if name == "wandb" and accelerator.is_main_process:
         tracker.run.define_metric("*", step_metric="step")
+        for loss in ("loss", "race_loss"):
+            tracker.run.define_metric(f"lr_finder/{loss}", step_metric="lr_finder/log10_lr")
     return tracker  # type: ignore[no-any-return]
 
 

@@ -35,14 +35,14 @@ def history(tracker: GeneralTracker | None, folder: Path, step: int) -> Has:
         return lambda record: record["step"] < step
     seen = None if tracker.run.offline else tracker.run.summary.get("step")
     if isinstance(seen, int):
-        return lambda record: order(record) <= (seen, OTHER)
+        return lambda record: order(record) <= (seen, OTHER, 0)
     offline = offline_records(folder / "wandb", tracker.run.id)
     return lambda record: order(record) in offline
 
 
-def offline_records(folder: Path, run_id: str) -> set[tuple[int, int]]:
+def offline_records(folder: Path, run_id: str) -> set[tuple[int, int, int]]:
     """Places (`records.order`) of the records in W&B's offline files of a run; a killed run's file ends somewhere."""
-    found: set[tuple[int, int]] = set()
+    found: set[tuple[int, int, int]] = set()
     for segment in sorted(folder.glob(f"offline-run-*-{run_id}")):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(segment)]
         try:
@@ -53,7 +53,7 @@ def offline_records(folder: Path, run_id: str) -> set[tuple[int, int]]:
     return found
 
 
-def _place(line: str) -> tuple[int, int] | None:
+def _place(line: str) -> tuple[int, int, int] | None:
     try:
         record = json.loads(line)["history"]["item"]
         return order(record) if isinstance(record["step"], int) else None

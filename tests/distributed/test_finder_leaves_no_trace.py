@@ -24,7 +24,8 @@ from tuning.engine import train_steps
 from tuning.entering import enter_stage
 from tuning.feeds import stage_feeds
 from tuning.losses import Loss, cross_entropy
-from tuning.lr_finder import Search, sweep, sweep_stage
+from tuning.lr_finder import find as search
+from tuning.lr_trials import Search, sweep
 from tuning.models import build
 from tuning.plan import make_plan
 from tuning.progress import Progress
@@ -33,7 +34,7 @@ from tuning.unreadable import UnreadablePictures
 # BatchNorm in training mode, dropout, random crops, several micro-batches a step; 7 steps go round 37 images.
 MODEL = ("--model", "test_efficientnet", "--weights", "none", "--image-size", "32", "--batch-norm", "train")
 HOW = ("--drop-rate", "0.2", "--augment", "medium", "--batch-size", "8", "--micro-batch", "4", "--lr-ratio", "0.3")
-SEARCH = Search(1e-5, 0.5, 7, 2)
+SEARCH = Search(1e-5, 0.5, 7, 2, race=4)
 
 
 @dataclass
@@ -91,8 +92,8 @@ def train(find: bool, *argv: str) -> Trained:
         entered = enter_stage(accelerator, model, planned, before=entered)
         feeds = stage_feeds(accelerator, entered, planned, data, info, unreadable, 0, "both", workers)
         if find:
-            found = sweep_stage(accelerator, entered, feeds.train, loss, clip, 0, SEARCH, lambda values, step: None)
-            done.swept += [value for swept in found.sweeps for value in swept.losses]
+            found = search(accelerator, entered, feeds.train, loss, clip, 0, SEARCH, lambda values, step: None)
+            done.swept += [value for tried in (*found.sweeps, *found.race) for value in tried.losses]
             unreadable.check()
             assert unreadable.counts == done.unreadable or not number
             entered = enter_stage(accelerator, model, planned, before=entered)

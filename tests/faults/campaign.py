@@ -48,9 +48,12 @@ warmup_epochs: 0.25
 log_every: 3
 tracker: none
 timeout: 1
+finder_steps: 10
+finder_sweeps: 1
+finder_race: 10
 stages:
 - {open: head, epochs: 1, lr: 1e-2}
-- {open: 50%, epochs: 1, lr: 1e-3, augment: light}
+- {open: 50%, epochs: 1, lr: auto, augment: light}
 - {open: all, epochs: 2, lr: 1e-2, optimizer: sgd, schedule: one-cycle, warmup_epochs: 0, batch_size: 12}
 """
 VARIANTS: dict[str, tuple[str, ...]] = {

@@ -10,28 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from ranks import run_ranks
 from recipe_runs import ROOT
 
 from tuning.command_line import run_recipe
 
 SMALL = ("--model", "test_vit", "--weights", "none", "--image-size", "32", "--batch-size", "24", "--threads", "1")
-SHORT = ("--finder-steps", "40", "--lr-ratio", "1", "--workers", "0")
-COLOURS = {"blue": (60, 60, 200), "green": (60, 200, 60), "red": (200, 60, 60)}
-
-
-@pytest.fixture(scope="module")
-def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Classes that differ in colour: easy to learn, so that a sweep has something to find."""
-    root, generator = tmp_path_factory.mktemp("coloured"), np.random.default_rng(0)
-    for split, count in (("train", 16), ("val", 4)):
-        for name, colour in COLOURS.items():
-            (root / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = np.clip(generator.normal(colour, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
-    return root
+SHORT = ("--finder-steps", "40", "--finder-race", "0", "--lr-ratio", "1", "--workers", "0")
 
 
 def find_lr_here(folder: Path, *flags: str) -> tuple[int, str]:

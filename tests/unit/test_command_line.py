@@ -55,7 +55,7 @@ def test_no_flag_occurs_twice() -> None:
 
 
 def test_every_stage_key_is_a_flag() -> None:
-    assert set(field_types(Stage)) - {"name", "open"} <= set(ALL_FLAGS)
+    assert set(field_types(Stage)) - {"name", "open", "find_lr"} <= set(ALL_FLAGS)
 
 
 def test_defaults_without_the_demo() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuning import lr_curve
-from tuning.lr_curve import Curve, affordable, band, clamped, kind_of, smoothed, smoothing, suggest
+from tuning.lr_curve import Curve, band, clamped, kind_of, smoothed, smoothing, suggest
 
 RULES = ("valley", "steep", "slide", "minimum")
 # fastai 2.8.12, fastai/callback/schedule.py, on float64 tensors of `curve(kind, n)`.
@@ -219,17 +219,3 @@ def test_clamps_by_optimizer_and_family(optimizer: str, part: str, lr: float, ta
 def test_every_optimizer_has_a_kind() -> None:
     kinds = {name: kind_of(name) for name in ("sgd", "csgdw", "momentum", "nlars", "adamw", "lamb", "clion", "rmsprop")}
     assert list(kinds.values()) == ["plain"] * 4 + ["adaptive"] * 2 + ["sign", "adaptive"]
-
-
-@pytest.mark.parametrize(
-    ("planned", "share", "cost"),
-    [(10_000, 0.1, (100, 3)), (1_000, 0.1, (33, 3)), (700, 0.1, (35, 2)), (100, 0.1, (30, 1)), (0, 0.1, (30, 1))],
-)
-def test_a_search_costs_a_bounded_share_of_the_run(planned: int, share: float, cost: tuple[int, int]) -> None:
-    assert affordable(planned, 100, 3, share) == cost
-    assert cost[0] * cost[1] <= max(30, share * planned)
-
-
-def test_short_sweeps_stay_short() -> None:
-    assert affordable(10_000, 12, 4, 0.1) == (12, 4)
-    assert affordable(0, 12, 4, 0.1) == (12, 2)

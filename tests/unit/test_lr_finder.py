@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,21 +25,13 @@ from tuning.data.sampling import TrainOrder
 from tuning.engine import Step, train_steps
 from tuning.entering import Entered, enter_stage
 from tuning.errors import UserError
+from tuning.flags import FinderFlags
 from tuning.losses import Loss, cross_entropy
 from tuning.lr_curve import smoothed, smoothing
-from tuning.lr_finder import (
-    Found,
-    Search,
-    Sweep,
-    chosen_stage,
-    is_transformer,
-    leaving_no_trace,
-    search_for,
-    sweep,
-    sweep_stage,
-    with_lr,
-)
-from tuning.lr_report import draw_sweeps, facts, table
+from tuning.lr_finder import Found, chosen_stage, find, search_for
+from tuning.lr_report import draw, facts, race_table, table
+from tuning.lr_trials import Search, Sweep, is_transformer, race, sweep
+from tuning.no_trace import leaving_no_trace
 from tuning.plan import StagePlan, make_plan
 from tuning.progress import Progress
 from tuning.stages import Stage
@@ -273,7 +266,7 @@ def searched(
 ) -> tuple[Found, list[tuple[dict[str, float], int]]]:
     accelerator, entered, feed = entered_with(network(), chosen, micro=chosen.batch_size)
     written: list[tuple[dict[str, float], int]] = []
-    found = sweep_stage(
+    found = find(
         accelerator,
         entered,
         feed,
@@ -291,13 +284,15 @@ def test_every_step_is_written_and_the_answer_once(tmp_path: Path) -> None:
     assert found.lr is not None, found.band.reason
     assert [step for values, step in written if "lr_finder/loss" in values] == list(range(1, found.steps + 1))
     assert [values["lr_finder/loss"] for values, _ in written[:-1]] == [x for s in found.sweeps for x in s.losses]
+    assert [number for _, number in written] == list(range(1, len(written) + 1))
     assert all(math.log10(v["lr_finder/lr"]) == v["lr_finder/log10_lr"] for v, _ in written[:-1])
-    assert written[-1] == ({"lr_finder/chosen": found.lr}, found.steps)
+    low, high = found.band.low, found.band.high
+    assert written[-1][0] == {"lr_finder/chosen": found.lr, "lr_finder/low": low, "lr_finder/high": high}
     assert found.band.low is not None
     assert found.band.high is not None
     assert found.band.low <= found.lr <= found.band.high
     assert f"{found.lr:.2e}" in found.described()
-    draw_sweeps(found, tmp_path / "plots/lr_finder.png")
+    draw(found, tmp_path / "plots/lr_finder.png")
     assert (tmp_path / "plots/lr_finder.png").stat().st_size > 5_000
     assert facts(found)["chosen"] == found.lr
     assert table(found).row_count == 3
@@ -309,10 +304,10 @@ def test_without_an_answer_nothing_is_chosen(tmp_path: Path) -> None:
     assert not any("lr_finder/chosen" in values for values, _ in written)
     assert "no confident answer (diverges at once" in found.described()
     assert facts(found)["reason"].startswith("diverges at once")
-    draw_sweeps(found, tmp_path / "lr_finder.png")
+    draw(found, tmp_path / "lr_finder.png")
     assert (tmp_path / "lr_finder.png").exists()
-    everywhere = Found(None, found.band, (Sweep((1e-3,), (math.nan,), "not finite"),), 1.0)
-    draw_sweeps(everywhere, tmp_path / "lr_finder.png")
+    everywhere = Found(None, "", found.band, (Sweep((1e-3,), (math.nan,), "not finite"),), (), 1.0)
+    draw(everywhere, tmp_path / "lr_finder.png")
     assert table(everywhere).row_count == 1
 
 
@@ -323,16 +318,63 @@ def test_what_is_found_is_brought_into_the_known_range(monkeypatch: pytest.Monke
     monkeypatch.setattr(lr_finder, "band", lambda curves: Band(5.0, 5.0, 5.0, "", ()))
     found, written = searched(stage(), SEARCH)
     assert found.lr == 1e-2
-    assert written[-1][0] == {"lr_finder/chosen": 1e-2}
+    assert written[-1][0]["lr_finder/chosen"] == 1e-2
     assert "1.00e-02, brought there from 5.00e+00" in found.described()
 
 
-def test_the_sweep_fits_the_optimizer_and_the_budget() -> None:
-    assert search_for(stage(), None, None, 100, 3) == Search(1e-6, 1.0, 100, 3)
-    assert search_for(stage(optimizer="sgd"), None, 2.0, 100, 3) == Search(1e-5, 2.0, 100, 3)
-    assert search_for(stage(), 1e-4, None, 100, 3, afford=(400, 0.1)) == Search(1e-4, 1.0, 40, 1)
+def test_the_search_fits_the_optimizer_and_the_budget() -> None:
+    usual = FinderFlags()
+    assert search_for(stage(), usual) == Search(1e-6, 1.0, 100, 3, 50)
+    assert search_for(stage(optimizer="sgd"), FinderFlags(finder_end=2.0)) == Search(1e-5, 2.0, 100, 3, 50)
+    assert search_for(stage(), FinderFlags(finder_start=1e-4), 400) == Search(1e-4, 1.0, 30, 1, 32)
+    assert search_for(stage(), usual, 100_000) == search_for(stage(), usual)
     with pytest.raises(UserError, match="--finder-start 2 must be below --finder-end 1,"):
-        search_for(stage(), 2.0, None, 100, 3)
+        search_for(stage(), FinderFlags(finder_start=2.0))
+
+
+def test_candidates_race_on_the_same_images_and_the_lowest_loss_wins() -> None:
+    """Each with a whole schedule in its few steps; the loss of `stage` at 1e-2 is what the ratios refer to."""
+    accelerator, entered, feed = entered_with(network(), stage(lr_ratio=1.0, batch_size=12), micro=12)
+    before, seen = snapshot(entered.model, entered), []
+    ran = race(accelerator, entered, feed, cross_entropy(), NO_CLIP, 0, 1e-3, 20, watched(seen))
+    assert same(snapshot(entered.model, entered), before)
+    assert len(ran) >= 3
+    lrs = [candidate.lr for candidate in ran]
+    assert lrs == sorted(lrs)
+    assert 1e-3 in lrs
+    assert all(later / earlier == pytest.approx(10**0.5) for earlier, later in itertools.pairwise(lrs))
+    places = [step.place for step in seen]
+    assert places[:20] == places[20:40] == places[40:60]
+    assert min(epoch for epoch, _ in places) > 10_000
+    heads = [step.lrs["head"] if "head" in step.lrs else max(step.lrs.values()) for step in seen[:20]]
+    assert max(heads) == pytest.approx(1e-3, rel=0.01), "the first to run is the centre"
+    assert heads[0] < 0.5e-3
+    assert heads[-1] < 0.1e-3
+    best = min(ran, key=lambda candidate: candidate.score)
+    assert lrs[0] < best.lr < lrs[-1] or best.lr in (1e-5, 1e-2), "the best has neighbours"
+
+
+def test_the_race_decides_and_is_written(tmp_path: Path) -> None:
+    found, written = searched(stage(lr_ratio=1.0, batch_size=12), Search(1e-6, 1.0, 20, 1, race=20))
+    raced = [values for values, _ in written if "lr_finder/race_loss" in values]
+    assert [values["lr_finder/race_lr"] for values in raced] == [candidate.lr for candidate in found.race]
+    assert found.lr == min(found.race, key=lambda candidate: candidate.score).lr
+    assert written[-1][0]["lr_finder/chosen"] == found.lr
+    assert found.steps == len(found.sweeps[0].losses) + sum(len(candidate.losses) for candidate in found.race)
+    assert f"it won a race of {len(found.race)} over 20 steps" in found.described()
+    assert [entry["lr"] for entry in facts(found)["race"]] == [candidate.lr for candidate in found.race]
+    assert race_table(found).row_count == len(found.race)
+    draw(found, tmp_path / "lr_finder.png")
+
+
+def test_a_race_without_a_winner_is_no_answer() -> None:
+    """Where nothing learns, and where everything diverges."""
+    found, written = searched(stage(), Search(1e-6, 1.0, 12, 1, race=10), scaled({}))
+    assert (found.lr, found.reason.partition(":")[0]) == (None, "flat")
+    assert not any("lr_finder/chosen" in values for values, _ in written)
+    found, _ = searched(stage(), Search(1e-6, 1.0, 12, 1, race=10), scaled(dict.fromkeys(range(1, 10**4), math.nan)))
+    assert found.reason.startswith("all diverge: every candidate from ")
+    assert facts(found)["race"][0]["loss"] is None
 
 
 def test_the_stage_in_which_most_is_open_is_the_default() -> None:
@@ -343,14 +385,6 @@ def test_the_stage_in_which_most_is_open_is_the_default() -> None:
     for name in ("0", "5", "-1", "agian", "²"):
         with pytest.raises(UserError, match=r"--stage .*1 = head, 2 = all, 3 = again, 4 = top-2"):
             chosen_stage(plan, name)
-
-
-def test_a_plan_at_another_learning_rate_is_the_plan_for_it() -> None:
-    model = network()
-    (planned,), (other,) = planned_for(model, stage()), planned_for(model, stage(lr=3e-5))
-    moved = with_lr(planned, 3e-5)
-    assert moved.stage == other.stage
-    assert [g.peak_lr for g in moved.groups] == pytest.approx([g.peak_lr for g in other.groups], rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -46,12 +46,19 @@ def stage(step: int) -> dict[str, Any]:
     return {"step": step, "epoch": step / 4, "stage": 0, "stage/name": "all"}
 
 
+def searched(step: int, number: int) -> dict[str, Any]:
+    return {"step": step, "epoch": step / 4, "stage": 0, "lr_finder/number": number, "lr_finder/loss": 2.0}
+
+
 RUN = [
     evaluation(0),
+    searched(0, 1),
+    searched(0, 2),
     stage(0),
     *map(training, (1, 2, 3, 4)),
     evaluation(4),
     averaged(4),
+    *(searched(4, number) for number in range(1, 12)),
     stage(4),
     training(5),
     training(6),

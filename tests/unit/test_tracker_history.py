@@ -29,7 +29,7 @@ def segment(folder: Path, steps: int, end: str) -> None:
 
 def test_a_finished_file_holds_everything(tmp_path: Path) -> None:
     segment(tmp_path, 5, "run.finish()")
-    assert offline_records(tmp_path / "wandb", "abc") == {*((step, 0) for step in range(1, 6)), (5, 1)}
+    assert offline_records(tmp_path / "wandb", "abc") == {*((step, 0, 0) for step in range(1, 6)), (5, 1, 0)}
     assert offline_records(tmp_path / "wandb", "other") == set()
 
 
@@ -40,7 +40,7 @@ def test_a_killed_file_holds_the_beginning(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:40_000])
     held = offline_records(tmp_path / "wandb", "abc")
     assert 10 < len(held) < 400
-    assert held == {(step, 0) for step in range(1, len(held) + 1)}
+    assert held == {(step, 0, 0) for step in range(1, len(held) + 1)}
 
 
 @pytest.mark.parametrize("step", [0, 7])
