@@ -35,7 +35,7 @@ def finetune(command: Command) -> None:
     from tuning.losses import balanced_weights, cross_entropy
     from tuning.models import keep_best
     from tuning.numerical_faults import NumericalFaults
-    from tuning.plan import StagePlan
+    from tuning.plan import StagePlan, at_micro_batch
     from tuning.preparing import data_and_model, plan_stages
     from tuning.saving import Saver
     from tuning.stopping import Boundary, end_run
@@ -130,7 +130,7 @@ def finetune(command: Command) -> None:
         interrupts.hold()  # from here on there is something to lose: a signal waits for the next boundary
         with saver, first_error():
             while progress.step < last_step or judge_first:
-                planned = plan[progress.stage]
+                planned = at_micro_batch(plan[progress.stage], progress.micro_batch)
                 entered = enter_stage(accelerator, model, planned, before=entered)
                 if found:
                     checkpoint.load(accelerator, found, entered, averaged)
@@ -170,7 +170,7 @@ def finetune(command: Command) -> None:
 
                 refuse_drift(accelerator, model)
                 speaker.say_unreadable(unreadable.news())
-                progress.stage, progress.stage_step = progress.stage + 1, 0
+                progress.stage, progress.stage_step, progress.micro_batch = progress.stage + 1, 0, None
 
         # 7. Finish: summary, pictures, what to look at next.
         if accelerator.is_main_process:

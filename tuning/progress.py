@@ -25,6 +25,7 @@ class Progress:
         best_step: optimizer steps completed when that was reached.
         seconds: wall-clock time of the parts of the run before this one.
         tracker_id: id of the run in the tracker, so that a resumed run continues the same curves.
+        micro_batch: images per forward pass since memory ran out in this stage; None as long as it is the planned one.
     """
 
     stage: int = 0
@@ -39,6 +40,7 @@ class Progress:
     best_step: int | None = None
     seconds: float = 0.0
     tracker_id: str | None = None
+    micro_batch: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A dict that `json` can write."""
