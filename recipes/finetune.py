@@ -32,7 +32,7 @@ def finetune(command: Command) -> None:
     from tuning.feeds import StageFeeds, plain_feed, stage_feeds
     from tuning.head_fit import fit_head
     from tuning.heartbeat import beat
-    from tuning.lr_auto import must_search, with_found
+    from tuning.lr_auto import as_found, must_search
     from tuning.lr_finder import find, search_for
     from tuning.lr_report import draw
     from tuning.models import keep_best
@@ -79,7 +79,7 @@ def finetune(command: Command) -> None:
         unreadable = UnreadablePictures(accelerator, folder.path, data, run.max_unreadable, resumed=found is not None)
         speaker.say_resumed(start, accelerator.num_processes)
         if accelerator.is_main_process:
-            plots.draw_schedule([with_found(planned, progress) for planned in plan], folder.plots / "schedule.png")
+            plots.draw_schedule([as_found(planned, progress) for planned in plan], folder.plots / "schedule.png")
 
         # 5. Tracking: metrics.jsonl always, W&B or TensorBoard beside it.
         shown = described(command, accelerator)
@@ -122,12 +122,12 @@ def finetune(command: Command) -> None:
             search = search_for(planned.stage, flags.finder, planned_steps)
             watched = partial(boundary.watch, during="the search for a learning rate")
             write = curves.writer_at(progress)
-            found = find(accelerator, entered, feeds.train, loss, clip, run.seed, search, write, watched)
-            progress.searched, progress.lr = progress.stage, found.lr
-            speaker.say_found(planned, found, planned_steps)
+            answer = find(accelerator, entered, feeds.train, loss, clip, run.seed, search, write, watched)
+            progress.searched, progress.lr = progress.stage, answer.lr
+            speaker.say_found(planned, answer, planned_steps)
             if accelerator.is_main_process:
-                draw(found, folder.plots / "lr_finder.png")
-                plots.draw_schedule([with_found(p, progress) for p in plan], folder.plots / "schedule.png")
+                draw(answer, folder.plots / "lr_finder.png")
+                plots.draw_schedule([as_found(p, progress) for p in plan], folder.plots / "schedule.png")
 
         def save() -> None:
             """Begin to write a checkpoint from which the run can go on; a thread finishes it."""
@@ -142,7 +142,7 @@ def finetune(command: Command) -> None:
         interrupts.hold()  # from here on there is something to lose: a signal waits for the next boundary
         with saver, first_error():
             while progress.step < last_step or judge_first:
-                planned = with_found(plan[progress.stage], progress)
+                planned = as_found(plan[progress.stage], progress)
                 entered = enter_stage(accelerator, model, planned, before=entered)
                 if found:
                     checkpoint.load(accelerator, found, entered, averaged)
@@ -161,7 +161,7 @@ def finetune(command: Command) -> None:
                     judge_first = False
                 if must_search(plan, progress, flags.finder.finder_at):
                     find_lr(feeds, plan[progress.stage])
-                    planned = with_found(plan[progress.stage], progress)
+                    planned = as_found(plan[progress.stage], progress)
                     entered = enter_stage(accelerator, model, planned, before=entered)
                 curves.begin_stage(planned.stage.name, progress)
 
@@ -186,7 +186,7 @@ def finetune(command: Command) -> None:
 
                 refuse_drift(accelerator, model)
                 speaker.say_unreadable(unreadable.news())
-                progress.stage, progress.stage_step = progress.stage + 1, 0
+                progress.stage, progress.stage_step, progress.micro_batch = progress.stage + 1, 0, None
 
         # 7. Finish: summary, pictures, what to look at next.
         if accelerator.is_main_process:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,9 +13,27 @@ from torch import Tensor, nn
 
 from tuning.errors import UserError
 
+_hosts: list[Any] = []  # exchanges on the host, where the default group has none
+
 
 class DriftError(RuntimeError):
     """Processes that should hold the same parameters don't."""
+
+
+def join_hosts(accelerator: Accelerator, timeout: timedelta) -> None:
+    """Make exchanges possible that wait for no device. All processes take part, once, at the start."""
+    _hosts.clear()
+    if accelerator.num_processes > 1 and accelerator.device.type != "cpu":
+        _hosts.append(torch.distributed.new_group(backend="gloo", timeout=timeout))
+
+
+def on_any_process(accelerator: Accelerator, mine: bool) -> bool:
+    """Whether *mine* holds on any process; waits for the others, but for no device. All processes take part."""
+    if accelerator.num_processes == 1:
+        return mine
+    vote = torch.tensor([int(mine)], dtype=torch.int32)
+    torch.distributed.all_reduce(vote, op=torch.distributed.ReduceOp.MAX, group=_hosts[0] if _hosts else None)
+    return bool(vote.item())
 
 
 def average_statistics(accelerator: Accelerator, statistics: Iterable[Tensor]) -> None:

@@ -13,13 +13,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from tuning.agreement import on_any_process
 from tuning.clipping import Clip
 from tuning.data.loader import Feed, Micro
 from tuning.data.sampling import TrainOrder, step_seed
 from tuning.entering import Entered
 from tuning.groups import set_lr
+from tuning.heartbeat import one_line
 from tuning.losses import Loss
 from tuning.optimizers import step_if
+from tuning.out_of_memory import Exchange, is_out_of_memory, no_second_attempt, start_over
 from tuning.progress import Progress
 
 
@@ -65,8 +68,12 @@ def train_steps(
 
     All processes take part in every step. *progress* is brought up to date before each yield, so what the caller saves
     then is a clean boundary. A step whose loss or gradient is not finite, on whichever process, is left out on all:
-    parameters, optimizer and running statistics stay as they were. Nothing here waits for the device, except as
+    parameters, optimizer and running statistics stay as they were. A step for which memory runs out, on whichever
+    process, begins anew on all with smaller micro-batches. Nothing here waits for the device, except as
     `optimizers.step_if` says.
+
+    Raises:
+        UserError: not even one image fits into a forward pass, or the optimizer's state doesn't fit.
     """
     per_epoch = feed.order.steps_per_epoch
     total = entered.stage.steps(per_epoch)
@@ -80,18 +87,48 @@ def train_steps(
             factor = entered.factor(progress.stage_step)
             set_lr(entered.optimizer.param_groups, factor)
             before = [buffer.clone() for buffer in entered.statistics.values()]
-            mean_loss = _backward(accelerator, entered, stream, loss, feed, images, seed, progress.step)
-            grad_norm = _update(accelerator, entered, clip, mean_loss, before)
+            step = progress.step
+            while (mean_loss := _attempt(accelerator, entered, stream, loss, feed, images, seed, step)) is None:
+                start_over(accelerator, entered, before, feed, step + 1)
+                stream = feed.epoch(progress.epoch, in_epoch)
+            with no_second_attempt(step + 1):
+                grad_norm = _update(accelerator, entered, clip, mean_loss, before)
             order, place = feed.order, (progress.epoch, in_epoch)
             ends_epoch = in_epoch == per_epoch - 1
             progress.step += 1
             progress.stage_step += 1
             progress.images += images
             progress.epoch += ends_epoch
+            progress.micro_batch = feed.shrunk_to or progress.micro_batch
             epoch = progress.epoch + (0.0 if ends_epoch else (in_epoch + 1) / per_epoch)
             ends_stage = progress.stage_step == total
             lrs = entered.lrs
             yield Step(progress.step, epoch, images, order, place, mean_loss, grad_norm, lrs, ends_epoch, ends_stage)
+
+
+def _attempt(
+    accelerator: Accelerator,
+    entered: Entered,
+    stream: Iterator[Micro],
+    loss: Loss,
+    feed: Feed,
+    images: int,
+    seed: int,
+    step: int,
+) -> Tensor | None:
+    """`_backward`, and the loss summed over processes; None on all of them where memory ran out on any."""
+    exchange, mine, said = Exchange(accelerator, entered), None, ""
+    try:
+        mine = _backward(accelerator, entered, stream, loss, feed, images, seed, step, exchange)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        said = one_line(error)
+    if mine is None:  # out here nothing holds the traceback any more, and with it the activations
+        exchange.complete(said)
+    if on_any_process(accelerator, mine is None):
+        return None
+    return accelerator.reduce(mine, reduction="sum")  # type: ignore[no-any-return]
 
 
 def _backward(
@@ -103,8 +140,11 @@ def _backward(
     images: int,
     seed: int,
     step: int,
+    exchange: Exchange,
 ) -> Tensor:
-    """Gradients of the mean loss over the step's *images* images, whatever the micro-batches and processes; the loss.
+    """Gradients of the mean loss over the step's *images* images, whatever the micro-batches and processes.
+
+    Returns this process's part of that loss.
 
     Every micro-batch contributes (sum of its losses) / images; DDP averages over processes, so the sum over processes
     is restored by their number. Filler has weight 0. Gradients are exchanged in the last micro-batch only.
@@ -118,9 +158,11 @@ def _backward(
         with contextlib.nullcontext() if last else accelerator.no_sync(entered.wrapped):
             losses = loss(entered.wrapped(micro.inputs), micro.labels)
             share = (losses * micro.weights).sum() / images
+            if last:
+                exchange.begins()
             accelerator.backward(share * accelerator.num_processes)
         total += share.detach()
-    return accelerator.reduce(total, reduction="sum")  # type: ignore[no-any-return]
+    return total
 
 
 def _seed_draws(seed: int, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from tuning.entering import Entered, HeadOnly
 from tuning.errors import UserError
 from tuning.losses import cross_entropy
 from tuning.metrics import classification_metrics, rank_classes
+from tuning.out_of_memory import InParts
 
 
 def judges(
@@ -56,11 +57,11 @@ def evaluate(
     """
     average_statistics(accelerator, statistics)
     model.eval()
-    loss = cross_entropy()
+    loss, forward = cross_entropy(), InParts(model)
     parts: list[tuple[Tensor, ...]] = []
     with torch.inference_mode(), accelerator.autocast():
         for micro in feed:
-            logits = model(micro.inputs).float()
+            logits = forward(micro.inputs).float()
             index = micro.rows.to(logits.device, non_blocking=True)
             parts.append((rank_classes(logits), micro.labels, loss(logits, micro.labels), micro.weights, index))
     mine = tuple(torch.cat(column) for column in zip(*parts, strict=True))

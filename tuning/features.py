@@ -12,6 +12,7 @@ from tuning.data.loader import EvalFeed, Micro
 from tuning.data.sampling import EvalOrder
 from tuning.entering import HeadOnly
 from tuning.errors import UserError
+from tuning.out_of_memory import InParts
 
 
 def compute_features(accelerator: Accelerator, model: nn.Module, feed: EvalFeed) -> tuple[Tensor, Tensor]:
@@ -26,10 +27,11 @@ def compute_features(accelerator: Accelerator, model: nn.Module, feed: EvalFeed)
         UserError: the model's head does more than classify pooled features.
     """
     model.eval()
+    pool = InParts(lambda inputs: _pooled(model, inputs))
     parts: list[tuple[Tensor, ...]] = []
     with torch.inference_mode(), accelerator.autocast():
         for number, micro in enumerate(feed):
-            pooled = _pooled(model, micro.inputs)
+            pooled = pool(micro.inputs)
             if number == 0:
                 _check_head(model, micro.inputs, pooled)
             index = micro.rows.to(pooled.device, non_blocking=True)
@@ -45,7 +47,7 @@ def _pooled(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def _check_head(model: nn.Module, inputs: Tensor, pooled: Tensor) -> None:
-    whole = model(inputs).float()
+    whole = InParts(model)(inputs).float()
     try:
         split = HeadOnly(model).eval()(pooled).float()
         same = torch.allclose(whole, split, rtol=1e-2, atol=1e-2 * float(whole.abs().max()))

@@ -1,4 +1,4 @@
-"""``--lr auto``: at which stages a run searches for its learning rate, and the stage at the one that was found."""
+"""When a run searches for its learning rate, and its stages with what was found on the way."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from tuning.plan import StagePlan
+from tuning.plan import StagePlan, at_micro_batch
 from tuning.progress import Progress
 
 
@@ -20,10 +20,14 @@ def must_search(plan: Sequence[StagePlan], progress: Progress, when: Literal["st
     return when == "sizes" and plan[before].image_size != planned.image_size
 
 
-def with_found(planned: StagePlan, progress: Progress) -> StagePlan:
-    """The stage at the learning rate that was found, if it takes one; all groups move by the same factor."""
+def as_found(planned: StagePlan, progress: Progress) -> StagePlan:
+    """The stage as the run trains it: at the learning rate that was found, if it takes one, in micro-batches that fit.
+
+    All groups move by the same factor.
+    """
+    fitting = at_micro_batch(planned, progress.micro_batch)
     if not planned.stage.find_lr or progress.lr is None:
-        return planned
+        return fitting
     factor = progress.lr / planned.stage.lr
     groups = tuple(dataclasses.replace(group, peak_lr=group.peak_lr * factor) for group in planned.groups)
-    return dataclasses.replace(planned, stage=dataclasses.replace(planned.stage, lr=progress.lr), groups=groups)
+    return dataclasses.replace(fitting, stage=dataclasses.replace(planned.stage, lr=progress.lr), groups=groups)

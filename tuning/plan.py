@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -11,7 +11,7 @@ from tuning.depth import open_names
 from tuning.errors import UserError
 from tuning.groups import decay_for_ratio, param_groups
 from tuning.optimizers import check_optimizer
-from tuning.sizes import BatchPlan, plan_batch
+from tuning.sizes import LARGEST_AUTO_MICRO_BATCH, BatchPlan, plan_batch
 from tuning.stages import Stage
 
 
@@ -82,24 +82,40 @@ def make_plan(
     world_size: int,
     micro_batch: int | str,
     image_size: int,
+    largest_auto: int = LARGEST_AUTO_MICRO_BATCH,
 ) -> tuple[StagePlan, ...]:
     """Work out every stage; the model is only read.
 
     Args:
         image_size: side of the input, for stages that don't name their own.
+        largest_auto: images that a *micro_batch* of ``auto`` doesn't go beyond.
 
     Raises:
         UserError: a batch that doesn't divide, an unknown optimizer, a depth or a decay the model can't have, or
             ``cache_features`` for a model with two heads.
     """
     return tuple(
-        _plan_stage(stage, model, train_images, world_size, micro_batch, stage.image_size or image_size)
+        _plan_stage(stage, model, train_images, world_size, micro_batch, stage.image_size or image_size, largest_auto)
         for stage in stages
     )
 
 
+def at_micro_batch(planned: StagePlan, micro_batch: int | None) -> StagePlan:
+    """The stage as it goes on after memory ran out: forward passes of *micro_batch* images at most; None = as planned.
+
+    Optimizer steps, their images and learning rates stay.
+    """
+    return planned if micro_batch is None else replace(planned, batch=planned.batch.at_most(micro_batch))
+
+
 def _plan_stage(
-    stage: Stage, model: nn.Module, train_images: int, world_size: int, micro_batch: int | str, image_size: int
+    stage: Stage,
+    model: nn.Module,
+    train_images: int,
+    world_size: int,
+    micro_batch: int | str,
+    image_size: int,
+    largest_auto: int,
 ) -> StagePlan:
     check_optimizer(stage.optimizer)
     if stage.cache_features and not isinstance(model.get_classifier(), nn.Module):  # type: ignore[operator]
@@ -107,7 +123,7 @@ def _plan_stage(
             f"stage {stage.name!r}: the head of {type(model).__name__} is more than one classifier, so its input can't "
             "be cached. Leave --cache-features out."
         )
-    batch = plan_batch(stage.batch_size, micro_batch, world_size, train_images)
+    batch = plan_batch(stage.batch_size, micro_batch, world_size, train_images, largest_auto)
     decay = stage.layer_decay if stage.layer_decay is not None else decay_for_ratio(model, stage.lr_ratio or 1.0)
     groups = _plan_groups(stage, model, decay)
     _refuse_equal_rates(stage, groups)

@@ -16,6 +16,7 @@ from tuning.head_fit import linear_classifier
 from tuning.losses import Loss, balanced_weights, cross_entropy
 from tuning.models import ModelInfo, build, check_image_size
 from tuning.plan import StagePlan, make_plan
+from tuning.sizes import largest_auto_micro_batch
 
 
 def data_and_model(accelerator: Accelerator, flags: Flags) -> tuple[Data, nn.Module, ModelInfo]:
@@ -56,6 +57,7 @@ def plan_stages(
         world_size=accelerator.num_processes,
         micro_batch=command.flags.batch.micro_batch,
         image_size=info.input_size,
+        largest_auto=largest_auto_micro_batch(accelerator.device.type),
     )
     for planned in plan:
         check_image_size(model, info.name, planned.image_size)

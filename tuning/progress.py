@@ -27,6 +27,7 @@ class Progress:
         searched: index of the stage at whose start the LR finder ran last; None before that.
         lr: what it found, the head's peak learning rate; None without a confident answer.
         tracker_id: id of the run in the tracker, so that a resumed run continues the same curves.
+        micro_batch: images per forward pass since memory ran out in this stage; None as long as it is the planned one.
     """
 
     stage: int = 0
@@ -43,6 +44,7 @@ class Progress:
     searched: int | None = None
     lr: float | None = None
     tracker_id: str | None = None
+    micro_batch: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A dict that `json` can write."""

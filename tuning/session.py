@@ -19,6 +19,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 
+from tuning.agreement import join_hosts
 from tuning.errors import UserError
 from tuning.heartbeat import start_heartbeat
 
@@ -58,6 +59,7 @@ def start(precision: Precision | None, threads: int | Literal["auto"], timeout: 
             "under it. Use plain data parallelism (accelerate launch --multi_gpu)."
         )
     _refuse_strangers(accelerator)
+    join_hosts(accelerator, _waiting_time(timeout))
     start_heartbeat(timeout, start=str(same_everywhere(time.time_ns())))
     if accelerator.device.type == "cpu":
         keep_freed_memory()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tuning.errors import UserError
 
-LARGEST_AUTO_MICRO_BATCH = 64
+LARGEST_AUTO_MICRO_BATCH = 64  # on a CPU, which seldom says in time that memory runs out; larger is no faster there
+LARGEST_AUTO_ON_GPU = 1024  # where `auto` begins on a GPU: larger forward passes are no faster
 SMALLEST_AUTO_MICRO_BATCH = 8
 
 
@@ -38,9 +39,40 @@ class BatchPlan:
         """Optimizer steps that see each of *images* images once; the last one may be short."""
         return math.ceil(images / self.batch_size)
 
+    @property
+    def smaller(self) -> BatchPlan | None:
+        """The same optimizer steps in smaller forward passes: half the images, or the next divisor where that is odd.
 
-def plan_batch(batch_size: int, micro_batch: int | str, world_size: int, train_images: int) -> BatchPlan:
+        None when a forward pass has one image already.
+        """
+        if self.micro_batch == 1:
+            return None
+        odd = self.micro_batch % 2
+        return self.at_most(self.micro_batch - 1) if odd else replace(self, micro_batch=self.micro_batch // 2)
+
+    def at_most(self, micro_batch: int) -> BatchPlan:
+        """The same optimizer steps in the largest forward passes of *micro_batch* images or fewer."""
+        share = self.batch_size // self.world_size
+        limit = max(1, min(self.micro_batch, micro_batch))
+        return replace(self, micro_batch=max(d for d in _divisors(share) if d <= limit))
+
+
+def largest_auto_micro_batch(device_type: str) -> int:
+    """Where ``--micro-batch auto`` begins on this kind of device, in images."""
+    return LARGEST_AUTO_MICRO_BATCH if device_type == "cpu" else LARGEST_AUTO_ON_GPU
+
+
+def plan_batch(
+    batch_size: int,
+    micro_batch: int | str,
+    world_size: int,
+    train_images: int,
+    largest_auto: int = LARGEST_AUTO_MICRO_BATCH,
+) -> BatchPlan:
     """Split a global batch over processes and forward passes.
+
+    Args:
+        largest_auto: images that ``auto`` doesn't go beyond.
 
     Raises:
         UserError: when the division leaves a remainder or the batch exceeds the data.
@@ -59,7 +91,7 @@ def plan_batch(batch_size: int, micro_batch: int | str, world_size: int, train_i
             f"{world_size} processes. Choose {choice}."
         )
     if micro_batch == "auto":
-        micro = max(d for d in _divisors(share) if d <= LARGEST_AUTO_MICRO_BATCH)
+        micro = max(d for d in _divisors(share) if d <= largest_auto)
         if micro < SMALLEST_AUTO_MICRO_BATCH <= share:
             raise UserError(
                 f"--batch-size {batch_size} leaves {share} images to each process, which divide only into forward "

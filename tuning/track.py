@@ -83,6 +83,7 @@ class Curves:
             values = {"train/loss": loss, "train/grad_norm": norm, **{f"lr/{n}": lr for n, lr in step.lrs.items()}}
             if step is steps[-1][0]:
                 values |= {"perf/images_per_second": speed, "perf/memory_gb": memory_gb()}
+                values["perf/micro_batch"] = step.order.batch.micro_batch
             self.write(values, step.step, step.epoch, stage)
             self._faults.count(step, loss, norm, progress)
         top = steps[-1][0]

@@ -40,8 +40,8 @@ MODELS = {  # those without weights get more epochs, or no learning rate would g
     "vit_tiny_r_s16_p8_224": ("--weights", "none", "--epochs", "4"),
     "convnext_atto": ("--weights", "none", "--epochs", "3"),
 }
-DATA = {"mnist": ("--augment", "none", "--flip", "none"), "elpv": ()}  # digits have a right way up
-# ELPV is imbalanced (69 : 31): always saying "functional" is 0.69 in plain accuracy.
+# Digits have a right way up. ELPV is imbalanced (69 : 31), so what is minimised and reported counts classes alike.
+DATA = {"mnist": ("--augment", "none", "--flip", "none"), "elpv": ("--class-weights", "balanced")}
 METRICS = {"mnist": "top1", "elpv": "balanced_accuracy"}
 TRAINING = (
     *("--image-size", "64", "--batch-size", "16", "--limit-train", "384", "--limit-eval", "400"),

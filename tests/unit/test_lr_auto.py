@@ -11,7 +11,7 @@ from plain_stages import plain_stage
 
 from tuning.command_line import parse_command
 from tuning.errors import UserError
-from tuning.lr_auto import must_search, with_found
+from tuning.lr_auto import as_found, must_search
 from tuning.plan import StagePlan, make_plan
 from tuning.progress import Progress
 from tuning.stages import Stage
@@ -50,12 +50,13 @@ def test_when_a_run_searches() -> None:
 def test_what_is_found_moves_every_group_and_only_where_it_was_asked_for() -> None:
     asked, fixed = plain_stage(lr=3e-4, lr_ratio=0.1, find_lr=True), plain_stage(lr=1e-2)
     plan = planned(asked, fixed)
-    moved = [with_found(stage, Progress(lr=3e-5)) for stage in plan]
+    moved = [as_found(stage, Progress(lr=3e-5)) for stage in plan]
     (as_if,) = planned(dataclasses.replace(asked, lr=3e-5))
     assert moved[0].stage == as_if.stage
     assert [g.peak_lr for g in moved[0].groups] == pytest.approx([g.peak_lr for g in as_if.groups], rel=1e-12)
     assert moved[1] == plan[1]
-    assert [with_found(stage, Progress()) for stage in plan] == list(plan)
+    assert as_found(plan[0], Progress(lr=3e-5, micro_batch=2)).batch.micro_batch == 2
+    assert [as_found(stage, Progress()) for stage in plan] == list(plan)
 
 
 def stages(*argv: str) -> list[tuple[str, float, bool]]:

@@ -10,13 +10,14 @@ from tuning.progress import Progress
 
 
 def test_json_round_trip() -> None:
-    progress = Progress(1, 20, 300, 4, 5000, True, 2, 1, 0.875, 280, 3.5, "abc123")
+    progress = Progress(1, 20, 300, 4, 5000, True, 2, 1, 0.875, 280, 3.5, "abc123", 16)
     assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
     assert Progress.from_json(json.loads(json.dumps(Progress().to_json()))) == Progress()
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("step", "7"), ("step", 7.5), ("due", 2), ("best", "high"), ("stage", None)]
+    ("key", "value"),
+    [("step", "7"), ("step", 7.5), ("due", 2), ("best", "high"), ("stage", None), ("micro_batch", 8.5)],
 )
 def test_values_of_another_type_are_refused(key: str, value: object) -> None:
     with pytest.raises(TypeError, match=key):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuning.errors import UserError
-from tuning.sizes import LARGEST_AUTO_MICRO_BATCH, plan_batch, scaled_lr
+from tuning.sizes import LARGEST_AUTO_MICRO_BATCH, largest_auto_micro_batch, plan_batch, scaled_lr
 
 
 @given(st.integers(1, 3000), st.integers(1, 64), st.integers(1, 10_000))
@@ -60,3 +60,32 @@ def test_scaled_lr() -> None:
     assert scaled_lr(1e-3, "sqrt", 1024, 256) == pytest.approx(2e-3)
     assert scaled_lr(1e-3, "linear", 64, 256) == pytest.approx(2.5e-4)
     assert scaled_lr(1e-3, "sqrt", 128, 256) == pytest.approx(1e-3 / math.sqrt(2))
+
+
+@given(st.integers(1, 3000), st.integers(1, 8))
+def test_smaller_forward_passes_keep_the_optimizer_step(share: int, world: int) -> None:
+    plan, sizes = plan_batch(share * world, share, world, share * world), [share]
+    while (smaller := plan.smaller) is not None:
+        assert (smaller.batch_size, smaller.world_size) == (plan.batch_size, plan.world_size)
+        assert smaller.micro_batch * smaller.accumulation * world == share * world
+        half, rest = divmod(plan.micro_batch, 2)
+        assert rest or smaller.micro_batch == half
+        between = range(smaller.micro_batch + 1, plan.micro_batch)
+        assert not rest or not any(share % size == 0 for size in between), "a larger divisor was passed over"
+        plan = smaller
+        sizes.append(plan.micro_batch)
+    assert sizes[-1] == 1
+
+
+@pytest.mark.parametrize(
+    ("planned", "saved", "expected"), [(32, 8, 8), (32, 64, 32), (32, 7, 4), (24, 16, 12), (5, 4, 1), (8, 0, 1)]
+)
+def test_a_saved_micro_batch_on_another_share(planned: int, saved: int, expected: int) -> None:
+    assert plan_batch(2 * planned, planned, 2, 1000).at_most(saved).micro_batch == expected
+
+
+def test_auto_begins_higher_on_a_gpu() -> None:
+    sizes = {kind: largest_auto_micro_batch(kind) for kind in ("cpu", "cuda", "mps")}
+    assert sizes == {"cpu": 64, "cuda": 1024, "mps": 1024}
+    assert plan_batch(4096, "auto", 2, 10_000, largest_auto=sizes["cuda"]).micro_batch == 1024
+    assert plan_batch(384, "auto", 2, 10_000, largest_auto=sizes["cuda"]).micro_batch == 192

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -120,10 +120,21 @@ def _source(row: dict[str, Any]) -> bytes | str:
 
 
 class _EpochBatches:
-    """Batch sampler of one epoch from one step on; the loader asks it again at the start of every epoch."""
+    """Batch sampler of one epoch from one step on; the loader asks it again at the start of every epoch.
+
+    All copies of a feed share it, and with it the order.
+    """
 
     def __init__(self, order: TrainOrder) -> None:
         self.order, self.epoch, self.first_step = order, 0, 0
+        self.shrunk_to: int | None = None
+
+    def shrink(self) -> bool:
+        smaller = self.order.batch.smaller
+        if smaller is None:
+            return False
+        self.order, self.shrunk_to = replace(self.order, batch=smaller), smaller.micro_batch
+        return True
 
     def __iter__(self) -> Iterator[list[Item]]:
         return self.order.micro_batches(self.epoch, self.first_step)
@@ -146,11 +157,33 @@ def _note(batch: Batch, unreadable: Unreadable) -> None:
     unreadable.found.update((broken.row, broken) for broken in batch.unreadable)
 
 
-class TrainFeed:
+class _Feed:
+    """What training batches are dealt out by; their size gets smaller where memory runs out."""
+
+    _batches: _EpochBatches
+
+    @property
+    def order(self) -> TrainOrder:
+        """Which image goes where."""
+        return self._batches.order
+
+    @property
+    def shrunk_to(self) -> int | None:
+        """Images of a micro-batch since memory ran out; None before."""
+        return self._batches.shrunk_to
+
+    def shrink(self) -> bool:
+        """Make the micro-batches of the next `epoch` smaller, its optimizer steps stay; False if they have one image.
+
+        An iterator that is still under way is of no use afterwards.
+        """
+        return self._batches.shrink()
+
+
+class TrainFeed(_Feed):
     """Training batches of this process: decoded by workers; moved, flipped and normalised on the device.
 
     Attributes:
-        order: which image goes where.
         unreadable: the pictures that were replaced on this process.
     """
 
@@ -167,7 +200,7 @@ class TrainFeed:
         device: torch.device,
         unreadable: Unreadable | None = None,
     ) -> None:
-        self.order, self.unreadable = order, unreadable or Unreadable()
+        self.unreadable = unreadable or Unreadable()
         self._normalise, self._flip, self._device = normalise, flip, device
         self._batches = _EpochBatches(order)
         pictures = Pictures(rows, crop, augment, order.seed, replace_unreadable=True, folder=self.unreadable.folder)
@@ -228,7 +261,7 @@ def _micro(inputs: Tensor, batch: Batch, device: torch.device) -> Micro:
     return Micro(inputs, labels, batch.weights.to(device, non_blocking=True), batch.index)
 
 
-class FeatureFeed:
+class FeatureFeed(_Feed):
     """Training batches from features computed once: the same order of images, no workers.
 
     Args:
@@ -237,7 +270,7 @@ class FeatureFeed:
     """
 
     def __init__(self, features: Tensor, labels: Tensor, order: TrainOrder) -> None:
-        self.order = order
+        self._batches = _EpochBatches(order)
         self._features, self._labels = features, labels
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Micro]:

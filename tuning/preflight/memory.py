@@ -119,10 +119,17 @@ def _one_step(
     labels = torch.arange(every, device=accelerator.device) % classes
     order = TrainOrder(every, 0, BatchPlan(every, images, world), accelerator.process_index)
     try:
-        for _ in train_steps(accelerator, entered, FeatureFeed(noise, labels, order), loss, clip, Progress(), 0):
+        for _ in train_steps(accelerator, entered, _Whole(noise, labels, order), loss, clip, Progress(), 0):
             break
     finally:
         entered.optimizer.zero_grad()
+
+
+class _Whole(FeatureFeed):
+    """Batches that fit as they are or not at all: the engine would go on with smaller ones."""
+
+    def shrink(self) -> bool:
+        raise torch.OutOfMemoryError(f"{self.order.batch.micro_batch} pictures don't fit")
 
 
 @contextmanager

@@ -78,12 +78,12 @@ def statistics_findings(mean: Sequence[float], spread: Sequence[float]) -> Itera
 
 
 def memory_findings(memory: Memory, planned: StagePlan) -> Iterator[Finding]:
-    """Whether the planned micro-batch fits."""
+    """Whether the planned micro-batch fits; a run would halve it where a GPU says that it doesn't."""
     micro = planned.batch.micro_batch
     between = micro < 2 * memory.largest and memory.needed is not None and memory.needed <= MARGIN * memory.free
     if micro <= max(1, memory.largest) or between:
         return
-    severity: Severity = "error" if memory.measured else "warning"
+    severity: Severity = "warning" if not memory.measured else "note" if memory.largest else "error"
     how = "measured" if memory.measured else "estimated"
     message = f"micro-batches of {micro} don't fit, the largest power of two that does is {memory.largest} ({how})"
     yield Finding(
