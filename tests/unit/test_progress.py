@@ -10,7 +10,7 @@ from tuning.progress import Progress
 
 
 def test_json_round_trip() -> None:
-    progress = Progress(1, 20, 300, 4, 5000, True, 2, 1, 0.875, 280, 3.5, "abc123", 16)
+    progress = Progress(1, 20, 300, 4, 5000, True, 2, 1, 0.875, 280, 3.5, 1, 3e-4, "abc123", 16)
     assert Progress.from_json(json.loads(json.dumps(progress.to_json()))) == progress
     assert Progress.from_json(json.loads(json.dumps(Progress().to_json()))) == Progress()
 
