@@ -42,7 +42,7 @@ class Candidate:
         return sum(last) / len(last)
 
 
-def rung_lr(centre: float, rung: int) -> float:
+def rung_lr(centre: float, rung: float) -> float:
     """The learning rate *rung* half-decades above *centre*."""
     return centre * 10 ** (rung / RUNGS_A_DECADE)
 
@@ -65,18 +65,30 @@ def next_rung(scores: Mapping[int, float], centre: float, low: float, high: floa
 
 
 def winner(candidates: Sequence[Candidate]) -> tuple[float | None, str]:
-    """The learning rate with the lowest score; or None and why.
+    """The learning rate at which the score is lowest; or None and why.
 
-    None when all diverged, or when the loss of the best ends less than 5 % below that of the first steps.
+    It is that of the best candidate, moved to the bottom of the parabola through its score and those of its neighbours
+    over the log of the learning rate, by a quarter of a decade at most. None when all diverged, or when the loss of the
+    best ends less than 5 % below that of the first steps.
     """
-    best = min(candidates, key=lambda candidate: candidate.score)
+    place = min(range(len(candidates)), key=lambda number: candidates[number].score)
+    best = candidates[place]
     if math.isinf(best.score):
         return None, f"all diverge: every candidate from {candidates[0].lr:.1e} to {candidates[-1].lr:.1e}"
     first = best.losses[: max(1, best.steps // 10)]
     level = sum(first) / len(first)
     if level - best.score < SMALLEST_DROP * abs(level):
         return None, f"{FLAT}: {EXPLAINED[FLAT]}"
-    return best.lr, ""
+    beside = [candidates[number].score for number in (place - 1, place + 1) if 0 <= number < len(candidates)]
+    return rung_lr(best.lr, _bottom(beside[0], best.score, beside[1]) if len(beside) == 2 else 0.0), ""
+
+
+def _bottom(below: float, best: float, above: float) -> float:
+    """Where the parabola through three scores is lowest, in rungs from the middle one, which is the lowest of them."""
+    bend = below - 2 * best + above
+    if math.isinf(bend):  # one of them diverged: as near to the other as the bottom can be
+        return 0.0 if below == above else -0.5 if above > below else 0.5
+    return 0.5 * (below - above) / bend if bend > 0 else 0.0
 
 
 def affordable(planned: int, share: float, steps: int, sweeps: int, raced: int) -> tuple[int, int, int]:

@@ -29,6 +29,7 @@ from tuning.flags import FinderFlags
 from tuning.losses import Loss, cross_entropy
 from tuning.lr_curve import smoothed, smoothing
 from tuning.lr_finder import Found, chosen_stage, find, search_for
+from tuning.lr_race import winner
 from tuning.lr_report import draw, facts, race_table, table
 from tuning.lr_trials import Search, Sweep, is_transformer, race, sweep
 from tuning.no_trace import leaving_no_trace
@@ -358,7 +359,9 @@ def test_the_race_decides_and_is_written(tmp_path: Path) -> None:
     found, written = searched(stage(lr_ratio=1.0, batch_size=12), Search(1e-6, 1.0, 20, 1, race=20))
     raced = [values for values, _ in written if "lr_finder/race_loss" in values]
     assert [values["lr_finder/race_lr"] for values in raced] == [candidate.lr for candidate in found.race]
-    assert found.lr == min(found.race, key=lambda candidate: candidate.score).lr
+    best = min(found.race, key=lambda candidate: candidate.score)
+    assert found.lr == winner(found.race)[0]
+    assert best.lr / 10**0.25 * 0.999 <= found.lr <= best.lr * 10**0.25 * 1.001
     assert written[-1][0]["lr_finder/chosen"] == found.lr
     assert found.steps == len(found.sweeps[0].losses) + sum(len(candidate.losses) for candidate in found.race)
     assert f"it won a race of {len(found.race)} over 20 steps" in found.described()

@@ -46,10 +46,33 @@ def candidate(lr: float, *losses: float, steps: int = 0) -> Candidate:
     return Candidate(lr, losses, steps or len(losses))
 
 
+@pytest.mark.parametrize(
+    ("below", "best", "above", "moved"),
+    [
+        (1.0, 0.5, 1.0, 0.0),
+        (0.6, 0.5, 1.0, -1 / 3),
+        (math.inf, 0.5, 1.0, 0.5),
+        (0.9, 0.5, math.inf, -0.5),
+        (math.inf, 0.5, math.inf, 0.0),
+    ],
+)
+def test_the_answer_is_at_the_bottom_of_the_parabola(below: float, best: float, above: float, moved: float) -> None:
+    """In half-decades; through (-1, 0.6), (0, 0.5), (1, 1.0) by hand: 0.3 x^2 + 0.2 x + 0.5, lowest at -1/3."""
+    falling = [9.0] * 9
+    ran = [
+        Candidate(lr, (*falling, *[score] * 9) if score < math.inf else (9.0,), 18)
+        for lr, score in ((1e-3 / 10**0.5, below), (1e-3, best), (1e-3 * 10**0.5, above))
+    ]
+    lr, _ = winner(ran)
+    assert lr == pytest.approx(1e-3 * 10 ** (moved / 2))
+
+
 def test_the_lowest_end_wins() -> None:
     slow, good = candidate(1e-4, 2, 2, 2, 1.8, 1.7, 1.7), candidate(1e-3, 2, 3, 2, 1, 0.5, 0.5)
     wild = candidate(1e-2, 2, 0.1, 0.1, 0.1, 3, 3)
-    assert winner([slow, good, wild]) == (1e-3, "")
+    assert winner([good, wild]) == (1e-3, ""), "without two neighbours it is what ran"
+    lr, _ = winner([slow, good, wild])
+    assert 1e-3 / 10**0.25 <= lr < 1e-3  # type: ignore[operator]  # the wild one is further up
     assert slow.score == pytest.approx(1.7)
     assert winner([slow, candidate(1e-3, 2, 0.1, steps=6)]) == (1e-4, ""), "one that ended early"
     assert winner([slow, candidate(1e-3, 2, 0.1, 0.1, 0.1, 0.1, math.nan)]) == (1e-4, "")
