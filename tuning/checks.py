@@ -32,6 +32,7 @@ LOWEST = {  # smallest value: whole numbers
 }
 GROUPS_OF_RECIPES = {"overfit": "recipes/overfit.py", "check": "recipes/check.py", "finder": "recipes/find_lr.py"}
 LONGEST_WAIT = 60.0 * 24 * 7  # minutes; a time-out that never ends would hide what hangs
+ONLY_WITHIN_A_RUN = ("finder_at", "finder_share")  # of the finder flags
 
 
 def flat(flags: Flags) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
     check("give a decay between 0 and 1, for example 0.999", lambda x: 0 < x < 1, "ema_decay")
     check("give a fraction between 0 and 1, for example 0.25", lambda x: 0 < x < 1, "val_fraction")
     _refuse(
-        values["lr"] == "auto" or above_0(values["lr"]), "lr", values, "give auto, or more than 0, for example 3e-4"
+        values["lr"] == "auto" or above_0(values["lr"]), "lr", values, "give auto or a rate above 0, for example 3e-4"
     )
     check("give a learning rate above 0, for example 3e-4", above_0, "freeze_lr")
     check("give a learning rate above 0, for example 1e-6", above_0, "finder_start", "finder_end")
@@ -108,12 +109,11 @@ def refuse_without_effect(
     """Refuse a flag that was typed for nothing, rather than ignore it."""
     values, before = flat(flags), flat(default)
     typed = [key for key in values if values[key] != before[key]]
-    for group, owner in GROUPS_OF_RECIPES.items():
-        for key in vars(getattr(flags, group)).keys() & set(typed):
-            searches = group == "finder" and key != "stage" and any(stage.find_lr for stage in stages)
-            if recipe.startswith("recipes/") and recipe != owner and not searches:
-                flag = key.replace("_", "-")
-                raise UserError(f"--{flag} {values[key]} is for {owner} and has no effect in {recipe}. Drop it.")
+    for key in typed:
+        owner = _owner(flags, key, recipe, stages)
+        if recipe.startswith("recipes/") and recipe != owner:
+            flag = key.replace("_", "-")
+            raise UserError(f"--{flag} {values[key]} is for {owner} and has no effect in {recipe}. Drop it.")
     if listed is not None:
         own = {as_key(key) for stage in listed for key in stage} | set(ONLY_WITHOUT_STAGES)
         for key in typed:
@@ -131,6 +131,16 @@ def refuse_without_effect(
                 f"--{flag} {values[key]} has no effect with --{other} {' and '.join(chosen)}. Drop it, or choose "
                 f"--{other} {' or '.join(allowed)}."
             )
+
+
+def _owner(flags: Flags, key: str, recipe: str, stages: Sequence[Stage]) -> str:
+    """The recipe that a flag is for; *recipe* itself if it is for all."""
+    searches = any(stage.find_lr for stage in stages) and recipe == "recipes/finetune.py"
+    if key in ONLY_WITHIN_A_RUN:
+        return recipe if searches else "--lr auto of recipes/finetune.py"
+    if searches and key in vars(flags.finder) and key != "stage":
+        return recipe
+    return next((owner for group, owner in GROUPS_OF_RECIPES.items() if key in vars(getattr(flags, group))), recipe)
 
 
 def _check_combinations(flags: Flags) -> None:

@@ -87,14 +87,23 @@ def test_auto_is_kept_in_the_configuration(tmp_path: Path) -> None:
         (("--lr", "auto", "--lr-scaling", "sqrt"), "--lr auto is found for --batch-size as it is; --lr-scaling sqrt"),
         (("--lr", "auto", "--finder-share", "0"), r"--finder-share is 0.0; give a share in \(0, 1\]"),
         (("--lr", "auto", "--finder-race", "5"), "--finder-race is 5; give 0, or a whole number from 10"),
-        (("--finder-at", "stages"), "--finder-at stages is for recipes/find_lr.py and has no effect"),
+        (("--finder-at", "stages"), "--finder-at stages is for --lr auto of recipes/finetune.py and has no effect in"),
         (("--lr", "auto", "--stage", "2"), "--stage 2 is for recipes/find_lr.py"),
-        (("--lr", "-1"), "--lr is -1.0; give auto, or more than 0"),
+        (("--lr", "-1"), "--lr is -1.0; give auto or a rate above 0"),
     ],
 )
 def test_refused(typed: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_command(["--data", "photos", *typed], "recipes/finetune.py", "", PRESETS)
+
+
+def test_the_finder_alone_has_no_share_of_a_run() -> None:
+    typed = ["--data", "photos", "--lr", "auto", "--finder-share", "0.2"]
+    with pytest.raises(
+        UserError, match=r"--finder-share 0.2 is for --lr auto of recipes/finetune.py and has no effect"
+    ):
+        parse_command(typed, "recipes/find_lr.py", "", PRESETS)
+    parse_command(["--data", "photos", "--finder-race", "0"], "recipes/find_lr.py", "", PRESETS)
 
 
 def test_a_stage_key_of_our_own_can_t_be_typed(tmp_path: Path) -> None:
