@@ -29,7 +29,9 @@ class Finished:
 Run = Callable[..., Finished]
 
 
-def run_forked(folder: Path, *flags: str, environment: dict[str, str | None] | None = None) -> Finished:
+def run_forked(
+    folder: Path, *flags: str, environment: dict[str, str | None] | None = None, limit: float = TIMEOUT_SECONDS
+) -> Finished:
     """`recipes/finetune.py` with *flags*, in *folder*, in a forked child: a second instead of a launch."""
     _import_once()
     log = folder / ".output"
@@ -37,7 +39,7 @@ def run_forked(folder: Path, *flags: str, environment: dict[str, str | None] | N
     context: Any = multiprocessing.get_context("fork")
     child = context.Process(target=_child, args=(folder, flags, environment or {}))
     child.start()
-    child.join(TIMEOUT_SECONDS)
+    child.join(limit)
     if child.exitcode is None:
         child.kill()
     texts = [(log / name).read_text() for name in ("stdout", "stderr")]

@@ -30,7 +30,8 @@ from PIL import Image
 from tests.recipe_runs import ROOT, run_forked
 
 SEEDS = (0, 1, 2)
-HOPELESS = 0.1  # so far below the best of the first seed, a learning rate is not run again
+LIMIT_SECONDS = 3600  # of a run, on a busy machine
+KEPT = 3  # learning rates of a grid, the best with the first seed, that run with the other seeds
 GRIDS = {
     "adamw": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0),
@@ -97,11 +98,11 @@ def make_runs(out: Path, cells: list[Cell], only: str | None) -> None:
 
 
 def _wanted(runs: list[dict[str, Any]], cell: Cell, seed: int, only: str | None) -> list[Run]:
-    """What is still to run. After the first seed only learning rates that came near the best one with it."""
+    """What is still to run. With the first seed the whole grid, then its best learning rates."""
     mine = [run for run in runs if Cell(run["data"], run["model"], run["optimizer"]) == cell]
-    grid = {run["lr"]: _value(run) for run in mine if run["seed"] == SEEDS[0] and run["lr"] != "auto"}
-    near = [lr for lr in GRIDS[cell.optimizer] if grid.get(lr, 0) >= max(grid.values(), default=0) - HOPELESS]
-    rates = GRIDS[cell.optimizer] if seed == SEEDS[0] else near
+    first = {run["lr"]: _value(run) for run in mine if run["seed"] == SEEDS[0] and run["lr"] != "auto"}
+    best = sorted(first, key=lambda lr: first[lr], reverse=True)[:KEPT]
+    rates = GRIDS[cell.optimizer] if seed == SEEDS[0] else tuple(sorted(best))
     lrs = {"grid": rates, "auto": ("auto",), None: (*rates, "auto")}[only]
     done = {(run["lr"], run["seed"]) for run in mine}
     return [(cell, lr, seed) for lr in lrs if (lr, seed) not in done]
@@ -110,7 +111,7 @@ def _wanted(runs: list[dict[str, Any]], cell: Cell, seed: int, only: str | None)
 def _one(folder: Path, cell: Cell, lr: Any, seed: int, photos: Path) -> dict[str, Any]:
     flags = [*("--data", str(photos), "--model", cell.model, "--optimizer", cell.optimizer, "--lr", str(lr))]
     flags += [*DATA[cell.data], *MODELS[cell.model], *TRAINING, "--seed", str(seed), "--output", "run"]
-    ended = run_forked(folder, *flags)
+    ended = run_forked(folder, *flags, limit=LIMIT_SECONDS)
     line = {**vars(cell), "lr": lr, "seed": seed, "exit": ended.returncode}
     if ended.returncode == 2:  # too many steps in a row were not finite
         return line | {"said": (ended.stderr or ended.stdout)[-300:]}
