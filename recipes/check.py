@@ -81,7 +81,7 @@ def check(command: Command) -> None:
 
     # 3. A few optimizer steps of every stage, by the engine that trains, and one of the largest micro-batch.
     classes, regularisation, seed = len(data.classes), flags.regularisation, run.seed
-    loss, clip, class_weights = objective(accelerator, flags, data)
+    loss, clip, _ = objective(accelerator, flags, data)
     workers = session.loader_workers(accelerator, flags.batch.workers)
     trials: list[StageTrial] = []
     entered = None
@@ -91,7 +91,7 @@ def check(command: Command) -> None:
             entered = enter_stage(accelerator, model, short, before=entered)
             unreadable = UnreadablePictures(accelerator, None, data, 1.0, resumed=False)
             feed = stage_feeds(accelerator, entered, short, data, info, unreadable, seed, regularisation.flip, workers)
-            equal = uniform_loss(data, class_weights)
+            equal = uniform_loss(data, loss)
             trials.append(
                 try_stage(accelerator, entered, short, feed.train, loss, clip, equal, seed, asked.check_steps)
             )

@@ -20,6 +20,7 @@ NEEDS = {  # flag: what another flag must be for it to have an effect
     "step_gamma": ("schedule", ("step",)),
     "lr_floor": ("schedule", ("cosine", "sgdr", "triangular")),
     "lr_batch": ("lr_scaling", ("linear", "sqrt")),
+    "focal_gamma": ("loss", ("focal",)),
 }
 LOWEST = {  # smallest value: whole numbers
     0: ("workers", "freeze_epochs", "epochs", "seed", "save_every", "check_steps", "near_bits"),
@@ -90,6 +91,7 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
     )
     check("give a learning rate above 0, for example 3e-4", above_0, "freeze_lr")
     check("give a learning rate above 0, for example 1e-6", above_0, "finder_start", "finder_end")
+    check("give a number from 0, for example 2", lambda x: 0 <= x < math.inf, "focal_gamma")
     check("give a norm above 0, or 0 for off", lambda x: 0 <= x < math.inf, "clip_norm")
     check("give a number above 0", above_0, "clip_value", "clip_agc")
     check("give a loss above 0, for example 0.1", above_0, "overfit_target")
@@ -145,6 +147,12 @@ def _owner(flags: Flags, key: str, recipe: str, stages: Sequence[Stage]) -> str:
 
 def _check_combinations(flags: Flags) -> None:
     optimisation, model, staging = flags.optimisation, flags.model, flags.staging
+    regularisation = flags.regularisation
+    if regularisation.loss == "focal" and regularisation.label_smoothing:
+        raise UserError(
+            f"--loss focal is defined for one label an image, --label-smoothing {regularisation.label_smoothing} "
+            "spreads it over all classes. Leave one of the two out."
+        )
     if optimisation.layer_decay is not None and optimisation.lr_ratio is not None:
         raise UserError(
             f"--layer-decay {optimisation.layer_decay} and --lr-ratio {optimisation.lr_ratio} exclude each other: both "

@@ -11,6 +11,7 @@ from typing import Literal
 
 ScheduleName = Literal["sgdr", "cosine", "one-cycle", "step", "triangular", "constant"]
 InitName = Literal["default", "kaiming", "xavier", "orthogonal", "zero"]
+LossName = Literal["cross-entropy", "bce", "focal"]
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,11 @@ class StageFlags:
 
 @dataclass(frozen=True)
 class RegularisationFlags:
+    loss: LossName = "cross-entropy"
+    """Training loss: cross-entropy; bce = every class against the rest (Wightman et al. 2021); focal = less weight for
+    what is classified well (Lin et al. 2017). Evaluation always reports cross-entropy."""
+    focal_gamma: float = 2.0
+    """How much less: the factor of --loss focal is (1 - probability of the label) to this power, from 0."""
     label_smoothing: float = 0.0
     """Probability mass moved from the label to all classes (Szegedy et al. 2016), in [0, 1)."""
     class_weights: Literal["none", "balanced"] = "none"

@@ -13,7 +13,7 @@ from tuning.data.sources import Data, open_data
 from tuning.data.tables import label_array
 from tuning.flags import Flags
 from tuning.head_fit import linear_classifier
-from tuning.losses import Loss, balanced_weights, cross_entropy
+from tuning.losses import Loss, balanced_weights, chosen
 from tuning.models import ModelInfo, build, check_image_size
 from tuning.plan import StagePlan, make_plan
 from tuning.sizes import largest_auto_micro_batch
@@ -82,8 +82,9 @@ class Objective(NamedTuple):
 
 def objective(accelerator: Accelerator, flags: Flags, data: Data) -> Objective:
     """The loss and the clipping that the flags ask for."""
-    balanced = flags.regularisation.class_weights == "balanced"
+    regularisation = flags.regularisation
+    balanced = regularisation.class_weights == "balanced"
     weights = balanced_weights(label_array(data.train), len(data.classes)).to(accelerator.device) if balanced else None
-    loss = cross_entropy(flags.regularisation.label_smoothing, weights)
+    loss = chosen(regularisation.loss, regularisation.label_smoothing, weights, regularisation.focal_gamma)
     optimisation = flags.optimisation
     return Objective(loss, clipping(optimisation.clip_norm, optimisation.clip_value, optimisation.clip_agc), weights)

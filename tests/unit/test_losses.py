@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from timm.loss import BinaryCrossEntropy, SoftTargetCrossEntropy
 from torch.nn import functional as F
 
-from tuning.losses import balanced_weights, cross_entropy
+from tuning.flags import LossName
+from tuning.losses import Loss, balanced_weights, binary_cross_entropy, chosen, cross_entropy, focal
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
@@ -83,3 +87,92 @@ def test_any_split_of_a_step_gives_the_same_gradient(parts: list[int]) -> None:
         counts = torch.tensor([1.0] * len(part) + [0.0] * 2)
         ((loss(filled, filled_labels) * counts).sum() / 24).backward()
     assert torch.allclose(split.grad, whole.grad, atol=1e-7)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_binary_cross_entropy_is_one_sigmoid_a_class(smoothing: float) -> None:
+    logits, labels = draw()
+    targets = F.one_hot(labels, 4) * (1 - smoothing) + smoothing / 4
+    p = logits.double().sigmoid()
+    expected = -(targets * p.log() + (1 - targets) * (1 - p).log()).mean(dim=1)
+    losses = binary_cross_entropy(smoothing)(logits, labels)
+    assert losses.shape == (24,)
+    assert losses.dtype == torch.float32
+    assert torch.allclose(losses.double(), expected, atol=1e-6)
+    assert torch.allclose(losses.mean(), BinaryCrossEntropy(smoothing)(logits, labels))
+
+
+def test_binary_cross_entropy_by_hand() -> None:
+    loss = binary_cross_entropy()(torch.tensor([[math.log(3), -math.log(3)]]), torch.tensor([0]))
+    assert loss.tolist() == pytest.approx([-math.log(0.75)])  # both are right with probability 3/4
+
+
+def test_focal_loss_by_hand() -> None:
+    logits, labels = torch.tensor([[0.9, 0.1], [0.9, 0.1]]).log(), torch.tensor([0, 1])
+    expected = [-(0.1**2) * math.log(0.9), -(0.9**2) * math.log(0.1)]
+    assert focal(2.0)(logits, labels).tolist() == pytest.approx(expected, rel=1e-5)
+    assert focal(0.5)(logits, labels).tolist() == pytest.approx(
+        [-(0.1**0.5) * math.log(0.9), -(0.9**0.5) * math.log(0.1)], rel=1e-5
+    )
+
+
+def test_focal_loss_without_gamma_is_cross_entropy() -> None:
+    logits, labels = draw()
+    mine, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    assert torch.equal(focal(0.0)(mine, labels), cross_entropy()(plain, labels))
+    focal(0.0)(mine, labels).sum().backward()
+    cross_entropy()(plain, labels).sum().backward()
+    assert torch.allclose(mine.grad, plain.grad)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 5.0])
+def test_focal_gradients_are_finite_and_right(gamma: float) -> None:
+    """Where the label has all the probability a power below 1 has no finite derivative."""
+    logits = torch.tensor([[200.0, -200.0], [-200.0, 200.0], [0.3, -0.2]], requires_grad=True)
+    focal(gamma)(logits, torch.zeros(3, dtype=torch.int64)).sum().backward()
+    assert logits.grad.isfinite().all()
+    assert logits.grad[0].abs().max() < 1e-6
+    p = torch.tensor([0.3, -0.2], dtype=torch.float64).softmax(0)[0].item()
+    by_hand = (1 - p) ** gamma * (gamma * p * math.log(p) + p - 1)  # Lin et al. 2017, appendix B
+    assert logits.grad[2, 0].item() == pytest.approx(by_hand, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bce", "focal"])
+def test_class_weights_are_factors_by_the_label(name: LossName) -> None:
+    logits, labels = draw()
+    weights = torch.tensor([0.5, 1.0, 2.0, 4.0])
+    plain = chosen(name, 0.0, None, 2.0)(logits, labels)
+    assert torch.allclose(chosen(name, 0.0, weights, 2.0)(logits, labels), weights[labels] * plain)
+
+
+@pytest.mark.parametrize("name", ["bce", "focal"])
+def test_half_precision_logits_are_raised_first(name: LossName) -> None:
+    logits, labels = draw()
+    low = chosen(name, 0.0, None, 2.0)(logits.bfloat16(), labels)
+    assert low.dtype == torch.float32
+    assert torch.equal(low, chosen(name, 0.0, None, 2.0)(logits.bfloat16().float(), labels))
+
+
+def two_labels() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits, labels = draw()
+    return logits, labels, labels.roll(1), torch.rand(24, generator=torch.Generator().manual_seed(3))
+
+
+def weighed(loss: Loss, smoothing: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The losses of both labels by their shares, the logits and the target that stands for both."""
+    logits, labels, others, shares = two_labels()
+    losses = torch.lerp(loss(logits, others), loss(logits, labels), shares)
+    target = shares[:, None] * F.one_hot(labels, 4) + (1 - shares[:, None]) * F.one_hot(others, 4)
+    return losses, logits, target * (1 - smoothing) + smoothing / 4
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_two_labels_are_the_target_between_them(smoothing: float) -> None:
+    """Cross-entropy and BCE are linear in the target: timm's losses of the soft target, class weights too."""
+    losses, logits, target = weighed(cross_entropy(smoothing), smoothing)
+    assert torch.allclose(losses.mean(), SoftTargetCrossEntropy()(logits, target))
+    losses, logits, target = weighed(binary_cross_entropy(smoothing), smoothing)
+    assert torch.allclose(losses.mean(), BinaryCrossEntropy()(logits, target))
+    weights = torch.tensor([0.5, 1.0, 2.0, 4.0])
+    losses, logits, target = weighed(cross_entropy(smoothing, weights), smoothing)
+    assert torch.allclose(losses, F.cross_entropy(logits, target, weights, reduction="none"), rtol=1e-4)

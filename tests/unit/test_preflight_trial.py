@@ -21,7 +21,7 @@ from tuning.data.sources import Data, open_data
 from tuning.entering import Entered, enter_stage
 from tuning.feeds import stage_feeds
 from tuning.gradients import GradientWatch
-from tuning.losses import balanced_weights, cross_entropy
+from tuning.losses import Loss, balanced_weights, binary_cross_entropy, cross_entropy, focal
 from tuning.models import ModelInfo, build
 from tuning.plan import StagePlan, make_plan
 from tuning.preflight import trial, verdict
@@ -73,7 +73,12 @@ def parts(data: Data, *flags: str, model: str = "test_vit", plant: Plant = lambd
 
 
 def tried(
-    accelerator: Accelerator, data: Data, made: Parts, stage: int = -1, spoil: Callable[[Entered], Any] = lambda e: None
+    accelerator: Accelerator,
+    data: Data,
+    made: Parts,
+    stage: int = -1,
+    spoil: Callable[[Entered], Any] = lambda e: None,
+    chosen: Loss | None = None,
 ) -> StageTrial:
     """Three steps of one stage."""
     model, info, plan = made
@@ -82,8 +87,8 @@ def tried(
     unreadable = UnreadablePictures(accelerator, None, data, 1.0, resumed=False)
     feed = stage_feeds(accelerator, entered, short, data, info, unreadable, 0, "none", 0).train
     spoil(entered)
-    loss, clip, equal = cross_entropy(), clipping(1.0, None, None), trial.uniform_loss(data, None)
-    return try_stage(accelerator, entered, short, feed, loss, clip, equal, 0, 3)
+    loss, clip = chosen or cross_entropy(), clipping(1.0, None, None)
+    return try_stage(accelerator, entered, short, feed, loss, clip, trial.uniform_loss(data, loss), 0, 3)
 
 
 def judged(one: StageTrial, world_size: int = 1) -> list[tuple[str, str]]:
@@ -200,10 +205,13 @@ def test_a_loss_that_is_not_finite(accelerator: Accelerator, data: Data) -> None
 
 def test_the_loss_of_equal_probabilities_counts_class_weights(data: Data) -> None:
     weights = balanced_weights(torch.tensor([0, 0, 0, 1]).numpy(), 2)
-    equal = trial.uniform_loss(data, weights)
+    equal = trial.uniform_loss(data, cross_entropy(0.0, weights))
     assert equal([0, 1]) == pytest.approx(math.log(2) * 2 / 3)
     assert equal([0, 23]) == pytest.approx(math.log(2) * (2 / 3 + 2) / 2)
-    assert trial.uniform_loss(data, None)([0, 23]) == pytest.approx(math.log(2))
+    assert trial.uniform_loss(data, cross_entropy(0.1))([0, 23]) == pytest.approx(math.log(2))
+    assert trial.uniform_loss(data, binary_cross_entropy(0.1))([0, 23]) == pytest.approx(math.log(2))
+    assert trial.uniform_loss(data, focal(2.0))([0, 23]) == pytest.approx(math.log(2) / 4)
+    assert trial.uniform_loss(data, focal(2.0, weights))([0, 1]) == pytest.approx(math.log(2) / 4 * 2 / 3)
 
 
 @pytest.mark.parametrize(

@@ -177,13 +177,11 @@ def times_grouped(model: nn.Module, groups: Iterable[Group]) -> dict[str, int]:
     return {name: held.count(id(p)) for name, p in model.named_parameters() if held.count(id(p)) != 1}
 
 
-def uniform_loss(data: Data, class_weights: Tensor | None) -> Callable[[list[int]], float]:
-    """Rows of the training data -> the cross-entropy of equal probabilities, ``ln K`` times their mean class weight."""
-    labels, height = label_array(data.train), math.log(len(data.classes))
-    if class_weights is None:
-        return lambda rows: height
-    weights = class_weights.cpu().numpy()
-    return lambda rows: height * float(weights[labels[rows]].mean())
+def uniform_loss(data: Data, loss: Loss) -> Callable[[list[int]], float]:
+    """Rows of the training data -> their mean *loss* where all logits are 0: ``ln K`` for plain cross-entropy."""
+    labels, classes = label_array(data.train), len(data.classes)
+    heights = loss(torch.zeros(classes, classes), torch.arange(classes)).double().numpy()
+    return lambda rows: float(heights[labels[rows]].mean())
 
 
 def some_pictures(accelerator: Accelerator, data: Data, planned: StagePlan, info: ModelInfo, workers: int) -> EvalFeed:
