@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from tuning import session
-from tuning.clipping import clipping
 from tuning.command_line import parse_command
 from tuning.data.sources import open_data
 from tuning.depth import open_names
@@ -17,9 +16,9 @@ from tuning.engine import train_steps
 from tuning.entering import enter_stage
 from tuning.evaluation import evaluate
 from tuning.feeds import stage_feeds
-from tuning.losses import cross_entropy
 from tuning.models import build
 from tuning.plan import make_plan
+from tuning.preparing import objective
 from tuning.progress import Progress
 from tuning.unreadable import UnreadablePictures
 
@@ -69,8 +68,7 @@ def run_stages(*argv: str, threads: int = 1) -> StageRun:
         micro_batch=flags.batch.micro_batch,
         image_size=info.input_size,
     )
-    loss = cross_entropy(flags.regularisation.label_smoothing)
-    clip = clipping(flags.optimisation.clip_norm, flags.optimisation.clip_value, flags.optimisation.clip_agc)
+    loss, clip, _ = objective(accelerator, flags, data)
     run, progress, entered = StageRun(states=[state_of(model)]), Progress(), None
     for number, planned in enumerate(plan):
         entered = enter_stage(accelerator, model, planned, before=entered)

@@ -133,6 +133,12 @@ def refuse_without_effect(
                 f"--{flag} {values[key]} has no effect with --{other} {' and '.join(chosen)}. Drop it, or choose "
                 f"--{other} {' or '.join(allowed)}."
             )
+    for key in ("mixup", "cutmix"):
+        if values[key] and all(stage.cache_features for stage in stages):
+            raise UserError(
+                f"--{key} {values[key]} mixes pictures, but every stage trains on cached features. Drop it, or "
+                "--cache-features."
+            )
 
 
 def _owner(flags: Flags, key: str, recipe: str, stages: Sequence[Stage]) -> str:

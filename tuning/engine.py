@@ -156,13 +156,21 @@ def _backward(
         _seed_draws(step_seed(seed, step, number, accelerator.process_index), accelerator.device)
         last = number == micro_steps - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(entered.wrapped):
-            losses = loss(entered.wrapped(micro.inputs), micro.labels)
+            losses = _losses(loss, entered.wrapped(micro.inputs), micro)
             share = (losses * micro.weights).sum() / images
             if last:
                 exchange.begins()
             accelerator.backward(share * accelerator.num_processes)
         total += share.detach()
     return total
+
+
+def _losses(loss: Loss, logits: Tensor, micro: Micro) -> Tensor:
+    """The loss of every image, ``(B,)``; where images were mixed, of both labels by their shares."""
+    losses = loss(logits, micro.labels)
+    if micro.others is None or micro.shares is None:
+        return losses
+    return torch.lerp(loss(logits, micro.others), losses, micro.shares)
 
 
 def _seed_draws(seed: int, device: torch.device) -> None:

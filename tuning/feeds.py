@@ -11,6 +11,7 @@ from torch import nn
 
 from tuning.data.broken import Unreadable
 from tuning.data.loader import EvalFeed, FeatureFeed, Feed, TrainFeed
+from tuning.data.mixing import Mixing
 from tuning.data.sampling import EvalOrder, TrainOrder
 from tuning.data.sources import Data
 from tuning.data.transforms import Crop, Normalise
@@ -77,6 +78,7 @@ def stage_feeds(
         workers=workers,
         device=accelerator.device,
         unreadable=unreadable.train,
+        mixing=Mixing(stage.mixup, stage.cutmix, seed, len(data.train)) if stage.mixes else None,
     )
     return StageFeeds(train, evaluation, entered.model)
 

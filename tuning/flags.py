@@ -151,6 +151,12 @@ class RegularisationFlags:
     """none = the evaluation crop; light = random crops of 70-100 % of the area; medium = 35-100 %."""
     flip: Literal["none", "horizontal", "both"] = "horizontal"
     """Random flips: none, left-right, or left-right and top-bottom."""
+    mixup: float = 0.0
+    """Blend each training picture, and its label, with another one (Zhang et al. 2018): alpha of the Beta distribution
+    of the shares, for example 0.2; 0 = off. None in head-only epochs with --cache-features."""
+    cutmix: float = 0.0
+    """Paste a box of another training picture, and its share of the label (Yun et al. 2019): alpha, for example 1.0;
+    0 = off. With --mixup too, each picture gets one of the two."""
 
 
 @dataclass(frozen=True)

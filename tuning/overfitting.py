@@ -31,8 +31,8 @@ from tuning.suspects import Picture, Suspect
 
 SMALL_BATCH = 16  # pictures
 OFF = (
-    "augmentation, flips, dropout, drop path, label smoothing, class weights, weight decay, averaged weights, fitted "
-    "head, warm-up and schedule"
+    "augmentation, flips, mixup, cutmix, dropout, drop path, --loss (plain cross-entropy), label smoothing, class "
+    "weights, weight decay, averaged weights, fitted head, warm-up and schedule"
 )
 # Where timm keeps rates outside of torch's dropout modules: paths and blocks, patches, models that call F.dropout.
 RATES = ("drop_prob", "prob", "drop_rate", "attn_drop_p", "drop")
@@ -84,6 +84,8 @@ def small_plan(
         warmup_epochs=0.0,
         weight_decay=0.0,
         augment="none",
+        mixup=0.0,
+        cutmix=0.0,
         cache_features=False,
     )
     (planned,) = make_plan(

@@ -124,6 +124,11 @@ def _plan_stage(
             "be cached. Leave --cache-features out."
         )
     batch = plan_batch(stage.batch_size, micro_batch, world_size, train_images, largest_auto)
+    if stage.mixes and batch.micro_batch == 1:
+        raise UserError(
+            f"stage {stage.name!r}: --mixup {stage.mixup:g} and --cutmix {stage.cutmix:g} mix the pictures of a "
+            "micro-batch, but it has only 1. Raise --micro-batch or --batch-size, or turn them off."
+        )
     decay = stage.layer_decay if stage.layer_decay is not None else decay_for_ratio(model, stage.lr_ratio or 1.0)
     groups = _plan_groups(stage, model, decay)
     _refuse_equal_rates(stage, groups)

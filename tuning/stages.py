@@ -34,6 +34,7 @@ class Stage:
         image_size: side of the input in pixels (None = the model's).
         cache_features: compute the input of the head once; for ``open: head`` only.
         find_lr: `lr` is kept only if the LR finder has no confident answer (``lr: auto``).
+        mixup, cutmix: alpha, 0 = off; pictures alone are mixed, no cached features.
     """
 
     name: str
@@ -59,6 +60,13 @@ class Stage:
     augment: Literal["none", "light", "medium"]
     cache_features: bool
     find_lr: bool = False
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    @property
+    def mixes(self) -> bool:
+        """Pictures are mixed with others."""
+        return bool(self.mixup or self.cutmix) and not self.cache_features
 
     def steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole stage."""
@@ -132,6 +140,9 @@ def check_stage(stage: Stage) -> None:
     refuse(0 < stage.step_gamma <= 1, "step_gamma", "give a factor in (0, 1]")
     refuse(stage.layer_decay is None or 0 < stage.layer_decay <= 1, "layer_decay", "give a factor in (0, 1]")
     refuse(stage.lr_ratio is None or 0 < stage.lr_ratio <= 1, "lr_ratio", "give a ratio in (0, 1]")
+    for key in ("mixup", "cutmix"):
+        alpha = getattr(stage, key)
+        refuse(alpha == 0 or 0.01 <= alpha <= 100, key, "give 0 for off, or a number from 0.01 to 100, for example 0.2")
     if stage.layer_decay is not None and stage.lr_ratio is not None:
         raise UserError(
             f"stage {stage.name!r}: --layer-decay {stage.layer_decay} and --lr-ratio {stage.lr_ratio} exclude each "

@@ -47,6 +47,31 @@ def test_accumulation_and_processes_give_the_same_run(photos: Path) -> None:
         assert largest_difference(run.states[-1], reference.states[-1]) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        ("--loss", "cross-entropy", "--class-weights", "balanced", "--label-smoothing", "0.1"),
+        ("--loss", "bce", "--label-smoothing", "0.1"),
+        ("--loss", "focal", "--focal-gamma", "1.5", "--class-weights", "balanced"),
+    ],
+    ids=["cross-entropy", "bce", "focal"],
+)
+def test_mixed_pictures_agree(photos: Path, loss: tuple[str, ...]) -> None:
+    """Micro-batches of 4 hold the same pictures on any number of processes, so that each has the same partners."""
+    argv = ("--data", str(photos), *MODEL, *STAGES, "--micro-batch", "4", *loss, "--optimizer", "sgd", "--lr", "0.05")
+    (plain,) = run_ranks(1, run_stages, *argv)
+    argv += ("--mixup", "0.4", "--cutmix", "1")
+    (alone,) = run_ranks(1, run_stages, *argv)
+    first, second = run_ranks(2, run_stages, *argv)
+    for after_one, on_first, on_second in zip(alone.states, first.states, second.states, strict=True):
+        assert largest_difference(on_first, on_second) == 0
+        assert largest_difference(on_first, after_one) < 1e-5
+    assert first.losses == second.losses
+    assert first.losses == pytest.approx(alone.losses, abs=1e-5)
+    assert first.metrics == second.metrics
+    assert largest_difference(plain.states[-1], alone.states[-1]) > 1e-4, "nothing was mixed"
+
+
 def test_bf16_stays_in_sync(photos: Path) -> None:
     argv = ("--data", str(photos), *MODEL, *STAGES, "--precision", "bf16", "--drop-rate", "0.2")
     first, second = run_ranks(2, run_stages, *argv)

@@ -43,6 +43,8 @@ drop_path_rate: 0.2
 augment: medium
 flip: both
 label_smoothing: 0.1
+mixup: 0.2
+cutmix: 1.0
 ema_decay: 0.9
 warmup_epochs: 0.25
 log_every: 3

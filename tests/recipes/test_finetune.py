@@ -136,6 +136,28 @@ def test_resumed_run_is_the_same_run(finished: Path, photos: Path, finetune: Run
     assert "--lr was 0.0003, now 0.1" in changed.stderr
 
 
+MIXING = ("--mixup", "0.4", "--cutmix", "1", "--loss", "bce", "--label-smoothing", "0.1", "--micro-batch", "4")
+
+
+def test_a_mixing_run_resumed_inside_an_epoch_is_the_same_run(photos: Path, finetune: Run, tmp_path: Path) -> None:
+    """Two micro-batches a step; stopped after step 7, which is the second of the second epoch."""
+    flags = ("--data", str(photos), *SMALL, *STAGES, *MIXING, "--tracker", "none")
+    for argv in (("whole",), ("run", "--max-steps", "7"), ("run", "--resume", "auto")):
+        done = finetune(*flags, "--output", *argv)
+        assert done.returncode == 0, done.stderr
+    assert "step 7," in done.stdout
+    assert steps(tmp_path / "run") == steps(tmp_path / "whole")
+    last = "checkpoints/step-00000015/model.safetensors"
+    resumed, whole = load_file(tmp_path / "run" / last), load_file(tmp_path / "whole" / last)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    plain = finetune(*flags, "--output", "plain", "--mixup", "0", "--cutmix", "0")
+    assert plain.returncode == 0, plain.stderr
+    assert steps(tmp_path / "plain") != steps(tmp_path / "whole")
+    changed = finetune(*flags, "--output", "run", "--resume", "auto", "--mixup", "0.2")
+    assert changed.returncode == 2
+    assert "--mixup was 0.4, now 0.2" in changed.stderr
+
+
 def test_a_damaged_checkpoint_is_passed_over(photos: Path, finetune: Run, tmp_path: Path) -> None:
     flags = ("--data", str(photos), *SMALL, *STAGES, "--output", "run", "--tracker", "none", "--save-every", "4")
     assert finetune(*flags, "--max-steps", "8", "--keep", "5").returncode == 0

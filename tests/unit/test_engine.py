@@ -19,7 +19,8 @@ from plain_stages import plain_stage as stage
 from torch import Tensor, nn
 
 from tuning.clipping import clipping
-from tuning.data.loader import FeatureFeed
+from tuning.data.loader import FeatureFeed, Micro
+from tuning.data.mixing import Mixing, mixed
 from tuning.data.sampling import TrainOrder
 from tuning.engine import Step, train_steps
 from tuning.entering import Entered, enter_stage
@@ -102,6 +103,70 @@ def test_every_step_is_the_mean_over_its_images(micro: int) -> None:
     assert [float(step.loss) for step in steps] == pytest.approx(losses, abs=1e-5)
     for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+class MixedFeed(FeatureFeed):
+    """The pictures of a plain feed, mixed as pictures from a folder are."""
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Micro]:
+        for micro in super().epoch(epoch, first_step):
+            drawn = MIXING.draw(epoch, micro.rows.numpy(), micro.weights.numpy() > 0, SIZE)
+            inputs, others = mixed(micro.inputs, drawn), micro.labels[drawn.partners]
+            yield micro._replace(inputs=inputs, others=others, shares=drawn.shares)
+
+
+MIXING = Mixing(1.0, 1.0, 0, IMAGES)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_step_of_mixed_images_is_the_mean_over_their_soft_targets(smoothing: float) -> None:
+    """13 images in micro-batches of 2, written out with torch's cross-entropy of soft targets."""
+    model, accelerator = network(), Accelerator()
+    reference = copy.deepcopy(model)
+    entered, plain = enter(accelerator, model, stage(), 2)
+    feed, loss = MixedFeed(*pictures(), plain.order), cross_entropy(smoothing)
+    steps = list(train_steps(accelerator, entered, feed, loss, clipping(0.0, None, None), Progress(), 0))
+    micros, losses = list(feed.epoch(0)), []
+    for step in steps:
+        these = [micros.pop(0) for _ in range(-(-step.images // 2))]
+        inputs, labels, weights, _, others, shares = (torch.cat(column) for column in zip(*these, strict=True))
+        first, second = (nn.functional.one_hot(classes, CLASSES) for classes in (labels, others))
+        target = shares[:, None] * first + (1 - shares[:, None]) * second
+        real = weights > 0
+        mean = nn.functional.cross_entropy(reference(inputs[real]), target[real], label_smoothing=smoothing)
+        gradients = torch.autograd.grad(mean, list(reference.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(reference.parameters(), gradients, strict=True):
+                parameter -= 0.1 * gradient
+        losses.append(float(mean.detach()))
+    assert not micros
+    assert [float(step.loss) for step in steps] == pytest.approx(losses, abs=1e-5)
+    for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_images_that_are_all_their_own_train_as_unmixed_ones() -> None:
+    """Shares of 1, to the bit; and without mixing the loss is called once a micro-batch."""
+    states, calls = [], []
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        calls[-1] += 1
+        return cross_entropy()(logits, labels)
+
+    class Own(FeatureFeed):
+        def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Micro]:
+            for micro in super().epoch(epoch, first_step):
+                yield micro._replace(others=micro.labels.flip(0), shares=torch.ones(len(micro.labels)))
+
+    for made in (FeatureFeed, Own):
+        model, accelerator = network(), Accelerator()
+        entered, plain = enter(accelerator, model, stage(), 2)
+        calls.append(0)
+        feed = made(*pictures(), plain.order)
+        deque(train_steps(accelerator, entered, feed, loss, clipping(0.0, None, None), Progress(), 0))
+        states.append(everything(model, entered))
+    assert same(*states)
+    assert calls == [7, 14]
 
 
 def test_clipping_once_per_step_and_norm_before_it() -> None:

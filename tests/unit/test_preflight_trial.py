@@ -214,6 +214,13 @@ def test_the_loss_of_equal_probabilities_counts_class_weights(data: Data) -> Non
     assert trial.uniform_loss(data, focal(2.0, weights))([0, 1]) == pytest.approx(math.log(2) / 4 * 2 / 3)
 
 
+def test_mixed_pictures_start_at_the_loss_of_equal_probabilities_too(accelerator: Accelerator, data: Data) -> None:
+    for chosen in (cross_entropy(), binary_cross_entropy(), focal()):
+        one = tried(accelerator, data, parts(data, "--mixup", "0.4", "--cutmix", "1"), chosen=chosen)
+        assert one.losses[0] == pytest.approx(one.expected_loss, rel=0.2)
+        assert {kind for _, kind in judged(one)} & {"initial_loss"} == set()
+
+
 @pytest.mark.parametrize(
     ("mean", "std", "severity"),
     [(0.5, 0.25, None), (0.1, 0.25, "note"), (127.5, 60.0, "warning"), (0.5, 0.01, "warning")],

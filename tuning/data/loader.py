@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from tuning.data.broken import Broken, Unreadable, why_gone
 from tuning.data.images import UnreadableImage, decode
+from tuning.data.mixing import Mix, Mixing, mixed
 from tuning.data.sampling import EvalOrder, Item, TrainOrder
 from tuning.data.sources import image_name
 from tuning.data.transforms import Crop, Normalise, crop_seed, random_flips
@@ -30,12 +31,16 @@ class Micro(NamedTuple):
         labels: ``(B,)`` int64.
         weights: ``(B,)`` float32, 0 for filler.
         rows: of the dataset, ``(B,)`` int64, on the CPU.
+        others: labels of what each image was mixed with, ``(B,)`` int64; None = nothing was mixed.
+        shares: of the image's own label where it was mixed, ``(B,)`` float32.
     """
 
     inputs: Tensor
     labels: Tensor
     weights: Tensor
     rows: Tensor
+    others: Tensor | None = None
+    shares: Tensor | None = None
 
 
 @dataclass
@@ -181,7 +186,7 @@ class _Feed:
 
 
 class TrainFeed(_Feed):
-    """Training batches of this process: decoded by workers; moved, flipped and normalised on the device.
+    """Training batches of this process: decoded by workers; moved, flipped, normalised and mixed on the device.
 
     Attributes:
         unreadable: the pictures that were replaced on this process.
@@ -199,9 +204,10 @@ class TrainFeed(_Feed):
         workers: int,
         device: torch.device,
         unreadable: Unreadable | None = None,
+        mixing: Mixing | None = None,
     ) -> None:
         self.unreadable = unreadable or Unreadable()
-        self._normalise, self._flip, self._device = normalise, flip, device
+        self._normalise, self._flip, self._device, self._mixing = normalise, flip, device, mixing
         self._batches = _EpochBatches(order)
         pictures = Pictures(rows, crop, augment, order.seed, replace_unreadable=True, folder=self.unreadable.folder)
         self._loader = WorkerLoader(pictures, self._batches, workers, keep=True, pin=device.type == "cuda")
@@ -221,7 +227,8 @@ class TrainFeed(_Feed):
     def _to_device(self, batch: Batch) -> Micro:
         images = batch.images.to(self._device, non_blocking=True)
         images = random_flips(images, self._flip, self.order.seed, batch.epoch, batch.index)
-        return _micro(self._normalise(images), batch, self._device)
+        micro = _micro(self._normalise(images), batch, self._device)
+        return micro if self._mixing is None else _mixed(micro, batch, self._mixing)
 
 
 class EvalFeed:
@@ -259,6 +266,12 @@ class EvalFeed:
 def _micro(inputs: Tensor, batch: Batch, device: torch.device) -> Micro:
     labels = batch.labels.to(device, non_blocking=True)
     return Micro(inputs, labels, batch.weights.to(device, non_blocking=True), batch.index)
+
+
+def _mixed(micro: Micro, batch: Batch, mixing: Mixing) -> Micro:
+    drawn = mixing.draw(batch.epoch, batch.index.numpy(), batch.weights.numpy() > 0, micro.inputs.shape[-1])
+    mix = Mix(*(values.to(micro.inputs.device, non_blocking=True) for values in drawn))
+    return micro._replace(inputs=mixed(micro.inputs, mix), others=micro.labels[mix.partners], shares=mix.shares)
 
 
 class FeatureFeed(_Feed):

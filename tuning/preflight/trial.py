@@ -71,7 +71,9 @@ def trial_plan(planned: StagePlan, train_images: int, on_cpu: bool) -> StagePlan
     world = planned.batch.world_size
     micro = min(planned.batch.micro_batch, CPU_BATCH) if on_cpu else planned.batch.micro_batch
     micro = max(1, min(micro, train_images // world))
-    stage = replace(planned.stage, cache_features=False)
+    stage = planned.stage
+    if stage.cache_features:
+        stage = replace(stage, cache_features=False, mixup=0.0, cutmix=0.0)
     return replace(planned, stage=stage, batch=BatchPlan(micro * world, micro, world))
 
 
@@ -178,7 +180,10 @@ def times_grouped(model: nn.Module, groups: Iterable[Group]) -> dict[str, int]:
 
 
 def uniform_loss(data: Data, loss: Loss) -> Callable[[list[int]], float]:
-    """Rows of the training data -> their mean *loss* where all logits are 0: ``ln K`` for plain cross-entropy."""
+    """Rows of the training data -> their mean *loss* where all logits are 0: ``ln K`` for plain cross-entropy.
+
+    Mixing moves it only as far as class weights differ, and then by chance.
+    """
     labels, classes = label_array(data.train), len(data.classes)
     heights = loss(torch.zeros(classes, classes), torch.arange(classes)).double().numpy()
     return lambda rows: float(heights[labels[rows]].mean())
