@@ -97,6 +97,15 @@ def test_clean_data_passes_and_only_output_is_written(photos: Path, tmp_path: Pa
     assert facts["memory"]["largest"] == 1024
 
 
+def test_the_first_loss_is_judged_by_the_loss_of_the_run(photos: Path, tmp_path: Path) -> None:
+    flags = ("--loss", "focal", "--mixup", "0.4", "--cutmix", "1", "--cache-features")
+    status, said = check(tmp_path, "--data", str(photos), *TINY, *flags, "--output", "../out")
+    assert status == 0, said
+    facts = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert facts["first_loss"]["equal_probabilities"] == pytest.approx(0.6931 / 4, abs=1e-4)
+    assert facts["first_loss"]["seen"] == pytest.approx(0.6931 / 4, abs=0.1)
+
+
 def plant(photos: Path) -> None:
     """One fault of each kind, each in a picture of its own."""
     train, val = photos / "train", photos / "val"

@@ -27,6 +27,7 @@ BASE = ("--weights", "none", "--image-size", "32", "--workers", "0", "--threads"
 VIT = ("--model", "test_vit", *BASE)
 SHORT = ("--overfit-steps", "24")
 HARD = ("--augment", "medium", "--flip", "both", "--label-smoothing", "0.3", "--drop-rate", "0.5")
+HARD += ("--mixup", "1", "--cutmix", "1", "--loss", "bce")
 HARD += ("--weight-decay", "0.5", "--warmup-epochs", "2", "--class-weights", "balanced")
 
 Plant = Callable[[], None]
@@ -96,7 +97,7 @@ def test_a_healthy_model_passes(photos: Path, tmp_path: Path, model: str) -> Non
     assert done.losses[-1] < 0.1 <= min(done.losses[:-1])
     assert done.summary["last_loss"] == pytest.approx(done.losses[-1])
     assert "PASS: 16 pictures" in done.said
-    assert "Off: augmentation, flips, dropout" in done.said
+    assert "Off: augmentation, flips, mixup, cutmix, dropout" in done.said
 
 
 def test_every_step_sees_the_same(photos: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -74,11 +75,12 @@ def test_weighted_losses_are_torchs(smoothing: float) -> None:
         assert torch.allclose(losses, weights[labels] * cross_entropy()(logits, labels))
 
 
+@pytest.mark.parametrize("name", get_args(LossName))
 @pytest.mark.parametrize("parts", [[24], [12, 12], [5, 19], [7, 7, 7, 3]])
-def test_any_split_of_a_step_gives_the_same_gradient(parts: list[int]) -> None:
+def test_any_split_of_a_step_gives_the_same_gradient(parts: list[int], name: LossName) -> None:
     """Shares of micro-batches and processes: sums over the images of the whole step, filler at weight 0."""
     logits, labels = draw()
-    loss = cross_entropy(0.1, balanced_weights(labels.numpy(), 4))
+    loss = chosen(name, 0.1, balanced_weights(labels.numpy(), 4), 2.0)
     whole = logits.clone().requires_grad_()
     loss(whole, labels).mean().backward()
     split = logits.clone().requires_grad_()

@@ -239,8 +239,10 @@ def test_channel_statistics(
 
 
 def test_the_trial_runs_short_steps_of_the_whole_schedule(data: Data) -> None:
-    _, _, plan = parts(data, "--cache-features")
+    _, _, plan = parts(data, "--cache-features", "--mixup", "0.2")
     short = trial_plan(plan[0], 24, on_cpu=True)
+    assert not short.stage.mixes, "the run trains on cached features there"
+    assert trial_plan(plan[1], 24, on_cpu=True).stage.mixes
     assert (short.batch.batch_size, short.steps, short.stage.cache_features) == (8, plan[0].steps, False)
     large = replace(plan[0], batch=replace(plan[0].batch, batch_size=64, micro_batch=64))
     assert trial_plan(large, 1000, on_cpu=True).batch.micro_batch == 16

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tuning import schedules
 from tuning.command_line import parse_command, resolve_stages
 from tuning.errors import UserError
-from tuning.flags import Flags
+from tuning.flags import Flags, RegularisationFlags, StageFlags
 from tuning.stages import Stage, check_stage, read_stages, standard_stages
 
 BASE = resolve_stages(Flags())[-1]
@@ -253,3 +253,15 @@ def test_learning_rates_are_scaled_once_for_the_batch_of_each_stage(tmp_path: Pa
     assert [stage.lr for stage in command.stages] == pytest.approx([2e-3, 5e-5])
     command = parse_command(["--preset", str(preset), "--lr-scaling", "sqrt"], "test", "", tmp_path)
     assert [stage.lr for stage in command.stages] == pytest.approx([1e-3 * 2**0.5, 1e-4 * 0.5**0.5])
+
+
+def test_a_stage_may_mix_otherwise_and_cached_features_are_not_mixed() -> None:
+    flags = Flags(regularisation=RegularisationFlags(mixup=0.2), staging=StageFlags(cache_features=True))
+    head, rest = resolve_stages(flags)
+    assert (head.cache_features, head.mixes, rest.mixes) == (True, False, True)
+    first, second, third = read("[{open: all}, {open: all, mixup: 0}, {open: all, mixup: 0, cutmix: 1}]", rest)
+    assert (first.mixup, first.mixes) == (0.2, True)
+    assert not second.mixes
+    assert (third.mixes, third.mixup, third.cutmix) == (True, 0.0, 1.0)
+    with pytest.raises(UserError, match=r"--cutmix is -1\.0; give 0 for off"):
+        check_stage(staged(cutmix=-1.0))
