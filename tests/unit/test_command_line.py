@@ -144,6 +144,7 @@ def test_config_and_preset_exclude_each_other() -> None:
         ("freeze_lr", (0.0, -1.0, float("nan"), float("inf")), "above 0"),
         ("val_fraction", (0.0, 1.0, float("nan")), "between 0 and 1"),
         *((key, (-0.1, 1.0, float("nan")), "[0, 1)") for key in ("drop_rate", "drop_path_rate", "label_smoothing")),
+        ("focal_gamma", (-0.1, float("nan"), float("inf")), "from 0"),
         ("clip_norm", (-1.0, float("nan"), float("inf")), "0 for off"),
         *((key, (0.0, -1.0, float("nan"), float("inf")), "above 0") for key in ("clip_value", "clip_agc")),
         *((key, (-1,), "from 0") for key in ("workers", "freeze_epochs", "epochs", "seed", "save_every")),
@@ -170,6 +171,7 @@ def test_single_values_are_refused(key: str, values: tuple[Any, ...], remedy: st
         ({"init": "kaiming"}, "Add --weights none, or use --head-init"),
         ({"init": "zero", "weights": "none"}, "--init zero"),
         ({"cache_features": True, "freeze_epochs": 0}, "--freeze-epochs is 0"),
+        ({"loss": "focal", "label_smoothing": 0.1}, "--loss focal is defined for one label an image"),
     ],
 )
 def test_combinations_are_refused(values: dict[str, Any], words: str) -> None:
@@ -309,6 +311,7 @@ WITHOUT_EFFECT = {
     "step_gamma": "0.2",
     "lr_floor": "0.1",
     "lr_batch": "128",
+    "focal_gamma": "3.0",
 }
 
 
@@ -316,7 +319,7 @@ WITHOUT_EFFECT = {
 def test_a_flag_that_needs_another_is_refused_without_it(key: str) -> None:
     switch, allowed = NEEDS[key]
     flag, other = f"--{key.replace('_', '-')}", f"--{switch.replace('_', '-')}"
-    without = {"schedule": "constant", "lr_scaling": "none"}[switch]
+    without = {"schedule": "constant", "lr_scaling": "none", "loss": "cross-entropy"}[switch]
     with pytest.raises(UserError) as caught:
         parse("--data", "photos", other, without, flag, WITHOUT_EFFECT[key])
     assert str(caught.value) == (

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tuning.clipping import clipping
 from tuning.data.loader import FeatureFeed, Micro, TrainFeed
+from tuning.data.mixing import Mixing
 from tuning.data.sampling import TrainOrder
 from tuning.data.sources import open_data
 from tuning.data.transforms import Crop, Normalise
@@ -231,7 +232,7 @@ def test_workers_begin_again_in_the_middle_of_an_epoch(tmp_path: Path, workers: 
         crop, normalise = Crop(16, "bilinear", 1.0), Normalise((0.5,) * 3, (0.5,) * 3)
         return TrainFeed(
             data.train, order, crop, normalise, augment="medium", flip="both", workers=workers,
-            device=torch.device("cpu"),
+            device=torch.device("cpu"), mixing=Mixing(0.4, 1.0, 0, len(data.train)),
         )  # fmt: skip
 
     shrinking, small, copied = feed(8), feed(2), None
