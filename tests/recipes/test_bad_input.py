@@ -283,7 +283,7 @@ def test_a_launcher_shows_one_message(photos: Path, output: Path) -> None:
     done = subprocess.run([*torchrun, *argv], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if "--lr is nan" in line] == [
-        "error: --lr is nan; give a learning rate above 0, for example 3e-4."
+        "error: --lr is nan; give auto or a rate above 0, for example 3e-4."
     ]
     assert not output.exists()
 
