@@ -123,12 +123,13 @@ def race(
 ) -> tuple[Candidate, ...]:
     """Train every candidate around *centre* for *steps* steps from the same start on the same images; lowest LR first.
 
-    Each gets a whole schedule, warm-up and cosine down to 0, squeezed into its steps: what counts is where a learning
-    rate ends. All processes take part; everything is put back as it was.
+    Each gets a whole schedule, the stage's warm-up (at most a fifth of the steps) and a cosine down to 0, squeezed into
+    its steps: what counts is where a learning rate ends, and a gentler start would be kind to rates too high. All
+    processes take part; everything is put back as it was.
     """
     low, high = taken(entered.stage.optimizer, part_of(entered))
     ran: dict[int, Candidate] = {}
-    warmup = steps // 5
+    warmup = min(steps // 5, round(entered.stage.warmup_epochs * feed.order.steps_per_epoch))
     shape = with_warmup(cosine(steps - warmup), warmup)
     while (rung := next_rung({rung: c.score for rung, c in ran.items()}, centre, low, high)) is not None:
         lr = rung_lr(centre, rung)
