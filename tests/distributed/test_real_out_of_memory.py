@@ -65,6 +65,7 @@ def really(micro: int, megabytes: int | None) -> tuple[list[int], list[float], d
     return sizes, losses, state_of(model)
 
 
+@pytest.mark.slow  # and alone: a process that has trained before has memory to spare, which no limit takes away
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux does it")
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_allocator_fails(world: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,8 @@ JSON = st.recursive(
 
 def progresses() -> st.SearchStrategy[Progress]:
     whole, best = KINDS["whole"], st.one_of(st.none(), KINDS["float"])
-    own = {"due": st.booleans(), "best": best, "best_step": st.one_of(st.none(), whole), "seconds": KINDS["float"]}
+    own = {"due": st.booleans(), "best": best, "lr": best, "seconds": KINDS["float"]}
+    own |= dict.fromkeys(("best_step", "searched", "micro_batch"), st.one_of(st.none(), whole))
     own["tracker_id"] = st.one_of(st.none(), KINDS["text"])
     return st.builds(Progress, **{f.name: own.get(f.name, whole) for f in dataclasses.fields(Progress)})
 
@@ -218,7 +219,8 @@ def test_progress_of_another_type_is_refused(name: str, value: object) -> None:
         return
     assert getattr(taken, name) == value or value != value
     kind = type(getattr(Progress(), name))
-    assert name in ("best", "best_step", "tracker_id") or isinstance(value, kind | int)
+    optional = ("best", "best_step", "tracker_id", "searched", "lr", "micro_batch")
+    assert name in optional or isinstance(value, kind | int)
 
 
 def write_checkpoint(folder: Path, step: int = 4) -> None:

@@ -201,7 +201,8 @@ def test_a_full_disk_delays_records(
     file.append(RUN[9])
     assert read_records(path) == RUN[:10], "everything that waited is written first"
     disk.room = 5
-    file.append(RUN[10])
+    for record in RUN[10:]:
+        file.append(record)
     disk.room = None
     file.close()
     assert read_records(path) == RUN

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 SMALL = ("--model", "test_efficientnet", "--weights", "none", "--image-size", "32", "--batch-size", "12")
 HOW = ("--workers", "0", "--lr-ratio", "0.5", "--drop-rate", "0.2", "--freeze-epochs", "1", "--epochs", "2")
-SEARCH = ("--lr", "auto", "--finder-steps", "12", "--finder-sweeps", "1", "--finder-race", "10")
+SEARCH = ("--lr", "auto", "--finder-steps", "12", "--finder-sweeps", "1", "--finder-race", "20")
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def test_the_search_is_in_the_curves(searched: Path) -> None:
     heads = [max(value for key, value in r.items() if key.startswith("lr/")) for r in of_stage]
     assert max(heads) == pytest.approx(answer, rel=1e-6)
     said = " ".join((searched.parent / "stdout.txt").read_text().split())
-    assert f"--lr auto: {answer:.2e}; it won a race of {len(raced)} over 10 steps" in said
+    assert f"--lr auto: {answer:.2e}; it won a race of {len(raced)} over 20 steps" in said
     assert "of the run's steps." in said
     assert (searched / "plots/lr_finder.png").stat().st_size > 5_000
 
