@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from tuning.command_line import parse_command
 from tuning.data.sources import open_data
 from tuning.engine import train_steps
 from tuning.entering import enter_stage
-from tuning.feeds import stage_feeds
+from tuning.feeds import some_evaluation, stage_feeds
 from tuning.losses import Loss, cross_entropy
 from tuning.lr_finder import find as search
-from tuning.lr_trials import Search, sweep
+from tuning.lr_trials import Search, Trials, sweep, trial_losses
 from tuning.models import build
 from tuning.plan import make_plan
 from tuning.progress import Progress
@@ -49,6 +50,7 @@ class Trained:
         progress: at the end.
         unreadable: pictures counted.
         swept: losses of the sweeps.
+        judged: losses of the evaluation images after every candidate of the race.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -58,6 +60,7 @@ class Trained:
     progress: dict[str, Any] = field(default_factory=dict)
     unreadable: dict[str, int] = field(default_factory=dict)
     swept: list[float] = field(default_factory=list)
+    judged: list[float] = field(default_factory=list)
 
 
 def train(find: bool, *argv: str) -> Trained:
@@ -92,8 +95,12 @@ def train(find: bool, *argv: str) -> Trained:
         entered = enter_stage(accelerator, model, planned, before=entered)
         feeds = stage_feeds(accelerator, entered, planned, data, info, unreadable, 0, "both", workers)
         if find:
-            found = search(accelerator, entered, feeds.train, loss, clip, 0, SEARCH, lambda values, step: None)
-            done.swept += [value for tried in (*found.sweeps, *found.race) for value in tried.losses]
+            some = some_evaluation(accelerator, feeds, planned, data, info, 0, workers)
+            judged = partial(trial_losses, accelerator, entered, feeds.judged, some, None, iter)
+            trials = Trials(accelerator, entered, feeds.train, loss, clip, 0, judged)
+            found = search(trials, SEARCH, lambda values, step: None)
+            done.swept += [value for swept in found.sweeps for value in swept.losses]
+            done.judged += [value for candidate in found.race for value in candidate.judged]
             unreadable.check()
             assert unreadable.counts == done.unreadable or not number
             entered = enter_stage(accelerator, model, planned, before=entered)
@@ -146,6 +153,8 @@ def test_training_after_the_finder_is_bit_identical(damaged: Path, world_size: i
         assert found.unreadable == {"train": 1, "eval": 0}
         assert len(found.swept) >= 8
     assert len({tuple(found.swept) for found in after}) == 1, "the processes saw different losses"
+    assert len({tuple(found.judged) for found in after}) == 1, "the processes judged differently"
+    assert len(after[0].judged) >= 2 * 3 * 11, "two stages, three candidates, every evaluation image"
 
 
 def test_with_loader_processes_and_cached_features(photos: Path) -> None:
@@ -177,7 +186,8 @@ def ends(rank_at_fault: int, value: float, photos: str) -> tuple[str, list[float
         return cross_entropy()(logits * 0.01, labels) * factor  # no divergence of its own
 
     faulty: Loss = loss
-    swept = sweep(accelerator, entered, feeds.train, faulty, clipping(1.0, None, None), 0, SEARCH)
+    trials = Trials(accelerator, entered, feeds.train, faulty, clipping(1.0, None, None), 0, torch.empty)
+    swept = sweep(trials, SEARCH)
     accelerator.wait_for_everyone()
     return swept.ended, [-1.0 if math.isnan(x) else x for x in swept.losses]
 
@@ -200,3 +210,4 @@ def test_one_process_or_two_draw_the_same_curve(photos: Path) -> None:
     (alone,) = run_ranks(1, train, True, *argv)
     first, _ = run_ranks(2, train, True, *argv)
     assert first.swept == pytest.approx(alone.swept, abs=1e-3, rel=1e-3)
+    assert first.judged == pytest.approx(alone.judged, abs=1e-2, rel=1e-2)

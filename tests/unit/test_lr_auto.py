@@ -11,7 +11,7 @@ from plain_stages import plain_stage
 
 from tuning.command_line import parse_command
 from tuning.errors import UserError
-from tuning.lr_auto import as_found, must_search
+from tuning.lr_auto import as_found, before_search, must_search
 from tuning.plan import StagePlan, make_plan
 from tuning.progress import Progress
 from tuning.stages import Stage
@@ -72,6 +72,24 @@ def test_which_stages_take_auto(tmp_path: Path) -> None:
     assert stages("--preset", str(listed)) == [("head", 1e-3, True), ("top-2", 1e-3, False)]
     listed.write_text("lr: auto\nstages:\n- {open: head, epochs: 1, lr: 1e-2}\n- {open: 2, epochs: 1}\n")
     assert stages("--preset", str(listed)) == [("head", 1e-2, False), ("top-2", 3e-4, True)]
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "open_", "lr"),
+    [
+        ("test_efficientnet", "adamw", "all", 3e-4),
+        ("test_vit", "adamw", "all", 1e-4),
+        ("test_vit", "adamw", "head", 1e-3),
+        ("test_efficientnet", "sgd", "all", 1e-2),
+        ("test_vit", "lion", 2, 1e-5),
+    ],
+)
+def test_without_an_answer_it_suits_optimizer_and_network(model: str, optimizer: str, open_: str, lr: float) -> None:
+    network = timm.create_model(model)
+    searching = plain_stage(lr=5.0, find_lr=True, optimizer=optimizer, open=open_)
+    assert before_search(searching, network) == dataclasses.replace(searching, lr=lr)
+    typed = dataclasses.replace(searching, find_lr=False)
+    assert before_search(typed, network) == typed
 
 
 def test_auto_is_kept_in_the_configuration(tmp_path: Path) -> None:
