@@ -31,6 +31,16 @@ def must_search(plan: Sequence[StagePlan], progress: Progress, when: Literal["st
     return when == "sizes" and plan[before].image_size != planned.image_size
 
 
+def searching_stages(plan: Sequence[StagePlan], when: Literal["start", "stages", "sizes"]) -> list[int]:
+    """Numbers of the stages, from 0, at whose start a run through *plan* searches."""
+    progress, searching = Progress(), []
+    for progress.stage in range(len(plan)):
+        if must_search(plan, progress, when):
+            progress.searched = progress.stage
+            searching.append(progress.stage)
+    return searching
+
+
 def as_found(planned: StagePlan, progress: Progress) -> StagePlan:
     """The stage as the run trains it: at the learning rate that was found, if it takes one, in micro-batches that fit.
 

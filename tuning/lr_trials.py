@@ -23,7 +23,7 @@ from tuning.heartbeat import beat
 from tuning.losses import Loss
 from tuning.lr_auto import part_of
 from tuning.lr_curve import smoothed, smoothing
-from tuning.lr_race import Candidate, next_rung, rung_lr
+from tuning.lr_race import USUAL, Candidate, next_rung, rung_lr
 from tuning.lr_ranges import taken
 from tuning.no_trace import leaving_no_trace
 from tuning.progress import Progress
@@ -73,6 +73,11 @@ class Search:
     steps: int
     sweeps: int
     race: int = 0
+
+    @property
+    def usual_steps(self) -> int:
+        """Optimizer steps in all, if no sweep ends early and the race needs as many candidates as it mostly does."""
+        return self.sweeps * self.steps + USUAL * self.race
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ranks import run_ranks
 from stage_runs import PRESETS, largest_difference, state_of
 from torch import Tensor
 
+import tuning.feeds
 from tuning import session
 from tuning.clipping import clipping
 from tuning.command_line import parse_command
@@ -211,3 +212,35 @@ def test_one_process_or_two_draw_the_same_curve(photos: Path) -> None:
     first, _ = run_ranks(2, train, True, *argv)
     assert first.swept == pytest.approx(alone.swept, abs=1e-3, rel=1e-3)
     assert first.judged == pytest.approx(alone.judged, abs=1e-2, rel=1e-2)
+
+
+def few_judged(photos: str) -> tuple[int, list[int], dict[str, int]]:
+    """Where there are more evaluation images than a trial is judged by: how many, labels, what was noted of them."""
+    tuning.feeds.JUDGED = 6  # in this process alone
+    command = parse_command(["--data", photos, *MODEL, *HOW, "--freeze-epochs", "0"], "test", "", PRESETS)
+    accelerator = session.start(None, 1)
+    data = open_data(**vars(command.flags.data), seed=0)
+    model, info = build("test_efficientnet", classes=data.classes, weights="none", image_size=32, seed=0)
+    options: dict[str, Any] = {"train_images": len(data.train), "world_size": accelerator.num_processes}
+    (planned,) = make_plan(command.stages, model, **options, micro_batch=2, image_size=32)
+    entered = enter_stage(accelerator, model, planned)
+    unreadable = UnreadablePictures(accelerator, None, data, 1.0, resumed=False)
+    whole = stage_feeds(accelerator, entered, planned, data, info, unreadable, 0, "both", 0)
+    some = some_evaluation(accelerator, whole, planned, data, info, 0, 0)
+    labels = [int(label) for micro in some for label, weight in zip(micro.labels, micro.weights, strict=True) if weight]
+    losses = trial_losses(accelerator, entered, model, some, None, iter)
+    assert bool(losses.isfinite().all())
+    unreadable.check()
+    return len(losses), labels, unreadable.counts
+
+
+def test_a_trial_is_judged_by_a_bounded_number_of_images_of_every_class(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    for path in (tmp_path / "photos/val/cat").glob("00[0-3].png"):
+        path.write_bytes(path.read_bytes()[:60])
+    ranks = run_ranks(2, few_judged, str(tmp_path / "photos"))
+    judged = sorted(label for _, labels, _ in ranks for label in labels)
+    assert {label for label in judged if label} == {1, 2}
+    assert len(judged) < 6, "some of the damaged are among the six"
+    assert [count for count, _, _ in ranks] == [len(judged)] * 2
+    assert all(counts == {"train": 0, "eval": 0} for _, _, counts in ranks), "noted by the run, not by a trial"

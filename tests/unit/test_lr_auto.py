@@ -11,7 +11,7 @@ from plain_stages import plain_stage
 
 from tuning.command_line import parse_command
 from tuning.errors import UserError
-from tuning.lr_auto import as_found, before_search, must_search
+from tuning.lr_auto import as_found, before_search, must_search, searching_stages
 from tuning.plan import StagePlan, make_plan
 from tuning.progress import Progress
 from tuning.stages import Stage
@@ -42,9 +42,9 @@ def test_when_a_run_searches() -> None:
     head, whole = plain_stage(open="head"), plain_stage(find_lr=True, image_size=32)
     larger = dataclasses.replace(whole, image_size=64)
     plan = planned(head, whole, whole, larger, head, larger)
-    assert searches(plan, "start") == [1]
-    assert searches(plan, "stages") == [1, 2, 3, 5]
-    assert searches(plan, "sizes") == [1, 3]
+    assert searches(plan, "start") == searching_stages(plan, "start") == [1]
+    assert searches(plan, "stages") == searching_stages(plan, "stages") == [1, 2, 3, 5]
+    assert searches(plan, "sizes") == searching_stages(plan, "sizes") == [1, 3]
 
 
 def test_what_is_found_moves_every_group_and_only_where_it_was_asked_for() -> None:
