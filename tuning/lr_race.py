@@ -10,9 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-
-T = TypeVar("T")
 
 RUNGS_A_DECADE = 4
 WIDE = 2  # rungs between the first candidates; those beside the best of them come last
@@ -76,52 +73,57 @@ def next_rung(scores: Mapping[int, float], centre: float, low: float, high: floa
 
 
 def winner(candidates: Sequence[Candidate], start: Sequence[float]) -> tuple[float | None, str]:
-    """The learning rate that gains most on *start*, its neighbours counting half as much each; or None and why.
+    """The middle, on the log axis, of the best learning rate and those beside it that are as good; or None and why.
 
-    One trial has luck; a learning rate in the middle of others that do well has less need of it. None when all
-    diverged, when not one is clearly better than the start (the mean over the images of what it gained is above three
-    standard errors of that mean), and when the winner is clearly better but neither neighbour is.
+    As good: the mean over the images of what the best is ahead is within a standard error of that mean, and so for all
+    between. None when all diverged; when the best is not clearly better than the start, by three standard errors; and
+    when it is, but neither neighbour: one trial has luck, a learning rate among others that learn has less need of it.
 
     Args:
         candidates: lowest learning rate first.
         start: loss of every evaluation image before any training, the same images in the same order.
     """
-    if all(math.isinf(candidate.score) for candidate in candidates):
-        return None, f"all diverge: every candidate from {candidates[0].lr:.1e} to {candidates[-1].lr:.1e}"
-    gains = [_gain(candidate, start) for candidate in candidates]
-    clear = [_is_clear(candidate, start) for candidate in candidates]
-    best = max(range(len(gains)), key=lambda place: (clear[place], _with_neighbours(gains, place)))
-    lr, steps = candidates[best].lr, candidates[best].steps
+    best = min(range(len(candidates)), key=lambda place: candidates[place].score)
+    first, lr, steps = candidates[0].lr, candidates[best].lr, candidates[best].steps
+    if math.isinf(candidates[best].score):
+        return None, f"all diverge: every candidate from {first:.1e} to {candidates[-1].lr:.1e}"
+    clear = [_ahead(candidate.judged, start) > CLEARLY for candidate in candidates]
     if not clear[best]:
         told = f"after {steps} steps no candidate is clearly better on the {len(start)} evaluation images than before"
         return None, f"nothing learned: {told}"
-    if len(clear) > 1 and not any(_beside(clear, best)):
+    if len(clear) > 1 and not any(clear[place] for place in (best - 1, best + 1) if 0 <= place < len(clear)):
         return None, f"chance: after {steps} steps {lr:.1e} is clearly better than before, those beside it are not"
-    return lr, ""
+    alike = [candidate.lr for candidate in _alike(candidates, best)]
+    return math.exp(sum(map(math.log, alike)) / len(alike)), ""
 
 
-def _gain(candidate: Candidate, start: Sequence[float]) -> float:
-    """Mean of what the images gained, 0 for what got worse: how much worse is of no interest."""
-    return max(0.0, sum(start) / len(start) - candidate.score)
+def _alike(candidates: Sequence[Candidate], best: int) -> Sequence[Candidate]:
+    """The best and, on either side, those that follow on it as long as it is not ahead of them by a standard error."""
+
+    def is_alike(place: int) -> bool:
+        inside = 0 <= place < len(candidates) and bool(candidates[place].judged)
+        return inside and _ahead(candidates[best].judged, candidates[place].judged) <= 1
+
+    low = high = best
+    while is_alike(low - 1):
+        low -= 1
+    while is_alike(high + 1):
+        high += 1
+    return candidates[low : high + 1]
 
 
-def _is_clear(candidate: Candidate, start: Sequence[float]) -> bool:
-    if math.isinf(candidate.score):
-        return False
-    gains = [before - after for before, after in zip(start, candidate.judged, strict=True)]
-    mean = sum(gains) / len(gains)
-    error = math.sqrt(sum((gain - mean) ** 2 for gain in gains) / max(1, len(gains) - 1) / len(gains))
-    return mean > CLEARLY * error
+def _ahead(losses: Sequence[float], others: Sequence[float]) -> float:
+    """By how many standard errors of the mean difference *losses* are below *others*, image by image; below 0 if not.
 
-
-def _beside(values: Sequence[T], place: int) -> list[T]:
-    return [values[number] for number in (place - 1, place + 1) if 0 <= number < len(values)]
-
-
-def _with_neighbours(gains: Sequence[float], place: int) -> float:
-    """One that has no neighbour on a side is taken for its own."""
-    beside = _beside(gains, place)
-    return (sum(beside) + (4 - len(beside)) * gains[place]) / 4
+    Losses of a trial that diverged, of which there are none, are far behind.
+    """
+    if not losses:
+        return -math.inf
+    differences = [other - loss for loss, other in zip(losses, others, strict=True)]
+    mean = sum(differences) / len(differences)
+    variance = sum((difference - mean) ** 2 for difference in differences) / max(1, len(differences) - 1)
+    error = math.sqrt(variance / len(differences))
+    return mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
 
 
 def affordable(planned: int, share: float, steps: int, sweeps: int, raced: int) -> tuple[int, int, int]:

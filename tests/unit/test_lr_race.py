@@ -63,23 +63,31 @@ def scored(*gains: float | None) -> list[Candidate]:
     ]
 
 
-def place(*gains: float | None) -> int | None:
-    """Which candidate wins."""
-    candidates = scored(*gains)
-    lr, _ = winner(candidates, START)
-    return next((n for n, ran in enumerate(candidates) if ran.lr == lr), None)
+def place(*gains: float | None) -> float | None:
+    """Where the winner is, in candidates from the lowest."""
+    lr, _ = winner(scored(*gains), START)
+    return None if lr is None else round(4 * math.log10(lr / 1e-4), 6)
 
 
-def test_the_largest_gain_wins_and_neighbours_count() -> None:
+def test_the_lowest_loss_wins() -> None:
     assert place(0.1, 0.5, 1.5, 0.6, None) == 2
-    assert place(0.1, 1.0, 1.05, None) == 1, "by hand: (0.1 + 2.0 + 1.05) / 4 against (1.0 + 2.1 + 0) / 4"
-    assert place(0.2, 1.0, 1.1, None) == 1
-    assert place(0.9, 1.0, 1.0, 0.9, -50.0) == 1, "a cliff weighs no more than no gain"
-    assert place(None, 0.5, 0.2) == 1
+    assert place(None, 0.3, 0.2) == 1
     assert place(0.5) == 0
     assert candidate(1e-2).score == math.inf
     assert candidate(1e-2, 1.0, math.nan).score == math.inf
     assert candidate(1e-4, 1.7, 1.8, 1.5, 1.7).score == pytest.approx(1.675)
+
+
+def test_those_beside_it_that_are_as_good_draw_the_answer_to_their_middle() -> None:
+    best = candidate(1e-3, 1.0, 1.0, 1.0, 1.0)
+    # Behind by 0.1 +- 0.122, by hand: differences 0.4, -0.2, 0.2, 0; deviation 0.258.
+    alike = (1.4, 0.8, 1.2, 1.0)
+    behind = (1.4, 1.1, 1.3, 1.2)
+    assert winner([candidate(1e-4, *alike), best, candidate(1e-2, *behind)], START)[0] == pytest.approx(10**-3.5)
+    assert winner([candidate(1e-4, *behind), best, candidate(1e-2, *alike)], START)[0] == pytest.approx(10**-2.5)
+    assert winner([candidate(1e-4, *alike), best, candidate(1e-2, *alike)], START)[0] == pytest.approx(1e-3)
+    further = [candidate(1e-5, *alike), candidate(1e-4, *behind), best, candidate(1e-2)]
+    assert winner(further, START)[0] == pytest.approx(1e-3), "not across one that is behind, nor one that diverged"
 
 
 def test_a_single_one_that_learns_is_chance() -> None:
