@@ -13,6 +13,7 @@ from tuning.checkpoint import ema_statistics
 from tuning.data.loader import Micro
 from tuning.entering import Entered, HeadOnly
 from tuning.errors import UserError
+from tuning.gathering import gathered
 from tuning.losses import cross_entropy
 from tuning.metrics import classification_metrics, rank_classes
 from tuning.out_of_memory import InParts
@@ -118,14 +119,9 @@ def every_image(
         for micro in feed:
             logits = forward(micro.inputs).float()
             index = micro.rows.to(logits.device, non_blocking=True)
-            parts.append((micro.weights, index, *taken(logits, micro.labels)))
-    mine = tuple(torch.cat(column) for column in zip(*parts, strict=True))
-    weights, index, *columns = (column.cpu() for column in accelerator.gather(mine))
-    assert len(index.unique()) == images, f"{len(index.unique())} of {images} images were evaluated"
-    counted = weights > 0
-    if not counted.any():
+            parts.append((*taken(logits, micro.labels), micro.weights, index))
+    (*columns, rows), dealt = gathered(accelerator, parts)
+    assert dealt == images, f"{dealt} of {images} images were evaluated"
+    if not len(rows):
         raise UserError(f"none of the {images} evaluation pictures could be read; check --data.")
-    seen = index[counted]
-    assert len(seen.unique()) == len(seen), "an image was evaluated twice"
-    order = torch.argsort(seen)
-    return tuple(column[counted][order] for column in columns)
+    return tuple(columns)
