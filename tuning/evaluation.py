@@ -120,7 +120,7 @@ def every_image(
             logits = forward(micro.inputs).float()
             index = micro.rows.to(logits.device, non_blocking=True)
             parts.append((*taken(logits, micro.labels), micro.weights, index))
-    (*columns, rows), dealt = gathered(accelerator, parts)
+    (*columns, seen), dealt = gathered(accelerator, parts)
     assert dealt == images, f"{dealt} of {images} images were evaluated"
     if not len(rows):
         raise UserError(f"none of the {images} evaluation pictures could be read; check --data.")
