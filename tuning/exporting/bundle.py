@@ -1,0 +1,149 @@
+"""The folder of an export: complete under its name, or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tuning.errors import UserError
+from tuning.exporting import preprocessing
+from tuning.exporting.formats import FILES, Format
+from tuning.models import ModelInfo
+
+SETTINGS, COMPARISON, LATENCY, EXAMPLE, CARD = (
+    *("preprocessing.json", "comparison.json", "latency.json", "example.py", "README.md"),
+)
+PREPROCESSING = "preprocessing.py"
+
+# The ten lines that a user starts from; "{needs}" and so on differ between the formats.
+_EXAMPLE = '''"""Say what pictures show: python example.py PICTURE ...   (needs: pip install {needs})"""
+
+import sys
+from pathlib import Path
+
+{imports}
+from preprocessing import answer, prepare, read_settings
+
+settings = read_settings()
+{load}
+for picture in sys.argv[1:]:
+    {run}
+    print(picture, *answer(logits, settings), sep="\\t")
+'''
+_LINES: dict[Format, dict[str, str]] = {
+    "onnx": {
+        "needs": "onnxruntime numpy pillow",
+        "imports": "import onnxruntime",
+        "load": 'model = Path(__file__).with_name("model.onnx")\n'
+        'network = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])',
+        "run": '(logits,) = network.run(None, {"images": prepare(picture, settings)})',
+    },
+    "exported-program": {
+        "needs": "torch numpy pillow",
+        "imports": "import torch",
+        "load": 'network = torch.export.load(Path(__file__).with_name("model.pt2")).module()',
+        "run": "logits = network(torch.from_numpy(prepare(picture, settings))).detach()",
+    },
+    "timm": {
+        "needs": "timm numpy pillow",
+        "imports": "import timm\nimport torch",
+        "load": 'network = timm.create_model(f"local-dir:{Path(__file__).parent}", pretrained=True).eval()',
+        "run": "logits = network(torch.from_numpy(prepare(picture, settings))).detach()",
+    },
+}
+
+
+def settings_for(info: ModelInfo, classes: tuple[str, ...], temperature: float, uint8: bool) -> dict[str, Any]:
+    """The content of ``preprocessing.json``: what `preprocessing` works by.
+
+    Args:
+        temperature: that calibrates the probabilities.
+        uint8: the export normalises by itself; else its caller does.
+    """
+    size = info.input_size
+    known = info.interpolation in preprocessing.FILTERS
+    return {
+        "input": {
+            "name": "images",
+            "shape": ["batch", 3, size, size],
+            "dtype": "uint8" if uint8 else "float32",
+            "colours": "RGB",
+        },
+        "resize_shorter_side": math.floor(size / info.crop_pct),
+        "interpolation": info.interpolation if known else "bicubic",  # as `transforms.Crop` falls back
+        "crop": size,
+        "mean": list(info.mean),
+        "std": list(info.std),
+        "normalise": "inside the network" if uint8 else "before the network: (pixels / 255 - mean) / std",
+        "output": {"name": "logits", "shape": ["batch", len(classes)]},
+        "temperature": temperature,
+        "classes": list(classes),
+    }
+
+
+def write_companions(kind: Format, settings: Mapping[str, Any], folder: Path) -> None:
+    """Lay preprocessing and example beside the network."""
+    write_json(folder / SETTINGS, settings)
+    shutil.copyfile(Path(preprocessing.__file__), folder / PREPROCESSING)
+    (folder / EXAMPLE).write_text(_EXAMPLE.format(**_LINES[kind]), encoding="utf-8")
+
+
+def write_json(path: Path, content: object) -> None:
+    """One JSON file, readable by people."""
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_output(output: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        UserError: *output* exists, or can't be made.
+    """
+    if output.exists() or output.is_symlink():
+        raise UserError(f"--output {output} exists already. Choose another, or remove it.")
+
+
+@contextlib.contextmanager
+def appearing(output: Path, keep: bool = True) -> Iterator[Path]:
+    """A folder to fill, which becomes *output* when the body ends well and *keep*; else nothing is left of it.
+
+    Raises:
+        UserError: meanwhile something else appeared under that name.
+    """
+    check_output(output)
+    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    made = [parent for parent in output.absolute().parents if not parent.exists()]
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError as error:
+        raise UserError(f"--output {output}: {existing} is no folder. Choose another.") from error
+    except NotADirectoryError as error:
+        raise UserError(f"--output {output}: {existing} is no folder. Choose another.") from error
+    try:
+        yield partial
+        if keep:
+            check_output(output)
+            partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:  # as it was before, if nothing came of it
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def listing(folder: Path) -> list[tuple[str, int]]:
+    """Every file below *folder*: its name there, and its size in bytes."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
+
+
+def main_file(kind: Format) -> str:
+    """Name of the file that holds the network."""
+    return FILES[kind]
