@@ -23,15 +23,20 @@ NEEDS = {  # flag: what another flag must be for it to have an effect
     "focal_gamma": ("loss", ("focal",)),
 }
 LOWEST = {  # smallest value: whole numbers
-    0: ("workers", "freeze_epochs", "epochs", "seed", "save_every", "check_steps", "near_bits"),
+    0: ("workers", "freeze_epochs", "epochs", "seed", "save_every", "check_steps", "near_bits", "latency_repeats"),
     1: (
         *("limit_train", "limit_eval", "batch_size", "micro_batch", "lr_batch"),
         *("keep", "log_every", "threads", "max_steps", "max_skipped", "overfit_steps", "min_side"),
-        "finder_sweeps",
+        *("finder_sweeps", "check_images"),
     ),
     10: ("finder_steps",),
 }
-GROUPS_OF_RECIPES = {"overfit": "recipes/overfit.py", "check": "recipes/check.py", "finder": "recipes/find_lr.py"}
+GROUPS_OF_RECIPES = {
+    "overfit": "recipes/overfit.py",
+    "check": "recipes/check.py",
+    "finder": "recipes/find_lr.py",
+    "export": "recipes/export.py",
+}
 LONGEST_WAIT = 60.0 * 24 * 7  # minutes; a time-out that never ends would hide what hangs
 ONLY_WITHIN_A_RUN = ("finder_at", "finder_share")  # of the finder flags
 
@@ -95,6 +100,7 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
     check("give a norm above 0, or 0 for off", lambda x: 0 <= x < math.inf, "clip_norm")
     check("give a number above 0", above_0, "clip_value", "clip_agc")
     check("give a loss above 0, for example 0.1", above_0, "overfit_target")
+    check("give a difference of logits above 0, for example 1e-3", above_0, "tolerance")
     check("give a share in (0, 1], for example 0.1", lambda x: 0 < x <= 1, "finder_share")
     check("give 0, or a whole number from 10", lambda x: x == 0 or x >= 10, "finder_race")
     check("give a share in [0, 1], for example 0.01", lambda x: 0 <= x <= 1, "max_unreadable")

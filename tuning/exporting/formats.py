@@ -36,7 +36,9 @@ class WithNormalisation(nn.Module):
         self.model = model
         # As in `Normalise`, so that the inputs are equal to the last bit.
         self.register_buffer("scale", torch.tensor(std).mul(255).reciprocal().view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("shift", torch.tensor(mean).div(torch.tensor(std)).neg().view(1, -1, 1, 1), persistent=False)
+        self.register_buffer(
+            "shift", torch.tensor(mean).div(torch.tensor(std)).neg().view(1, -1, 1, 1), persistent=False
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         scaled = images.to(torch.float32) * self.get_buffer("scale") + self.get_buffer("shift")
@@ -99,9 +101,7 @@ def write(kind: Format, model: nn.Module, info: ModelInfo, classes: Sequence[str
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    written = torch.onnx.export(
-        program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
-    )
+    written = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
     assert written is not None
     written.save(str(path))
 
