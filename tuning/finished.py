@@ -15,6 +15,7 @@ from tuning.coerce import as_key, read_yaml
 from tuning.errors import UserError
 from tuning.model_names import LOCAL, look_up
 from tuning.models import ModelInfo, build
+from tuning.run_defaults import run_of
 from tuning.run_folder import CONFIG, RunFolder
 from tuning.summary import is_done
 
@@ -64,8 +65,7 @@ def open_finished(run: str) -> Finished:
         _refuse_unfinished(folder)
         return _open_model(folder / "model", folder)
     if (folder / TIMM_CONFIG).exists():
-        above = folder.resolve().parent
-        return _open_model(folder, above if (above / CONFIG).exists() else None)
+        return _open_model(folder, run_of(folder))
     raise UserError(
         f"--run {run} is neither a run (no {CONFIG}), nor a checkpoint of one, nor a timm folder (no {TIMM_CONFIG})."
     )
