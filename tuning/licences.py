@@ -34,7 +34,7 @@ def weights_licence(config: Mapping[str, Any]) -> str:
     """Licence of the weights that a run started from, by the flags in its ``config.yaml``."""
     model, weights = config.get("model"), config.get("weights")
     if weights == "none":
-        return "none needed: it started from random values"
+        return "none: it started from random values"
     if not isinstance(model, str) or weights != "pretrained":
         return UNKNOWN
     if model.startswith(LOCAL):

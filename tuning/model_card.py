@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,8 @@ def card_of_run(info: ModelInfo, classes: Sequence[str], folder: RunFolder) -> N
     """Write the card into ``model/`` of a run that has come to its end. A card that fails costs a warning only."""
     try:
         config = read_yaml(folder.path / CONFIG, CONFIG)
+        kept = _read_json(folder.model / "config.json")["pretrained_cfg"]["input_size"]  # of the stage that was best
+        info = replace(info, input_size=kept[-1])
         write_card(Described(info, classes, folder.path, config, timm_usage("FOLDER")), folder.model)
     except Exception as error:  # whatever it is, the weights are there and a run shall not fail for a text
         print(f"warning: no model card was written to {folder.model} ({error}).", file=sys.stderr, flush=True)
@@ -99,7 +101,7 @@ def card(described: Described, curves: bool) -> str:
     ]
     name = _title(described)
     body = "\n\n".join([f"# {name}", _introduction(described), *(f"## {title}\n\n{text}" for title, text in sections)])
-    return str(ModelCard.from_template(_header(described, evaluation, name), template_str=_TEMPLATE, body=body))
+    return f"{ModelCard.from_template(_header(described, evaluation, name), template_str=_TEMPLATE, body=body)}\n"
 
 
 def _header(described: Described, evaluation: Mapping[str, Any], name: str) -> ModelCardData:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tuning.errors import UserError
 from tuning.exporting import preprocessing
-from tuning.exporting.formats import FILES, Format
+from tuning.exporting.formats import Format
 from tuning.models import ModelInfo
 
 SETTINGS, COMPARISON, LATENCY, EXAMPLE, CARD = (
@@ -116,16 +116,13 @@ def appearing(output: Path, keep: bool = True) -> Iterator[Path]:
         UserError: meanwhile something else appeared under that name.
     """
     check_output(output)
-    existing = next(parent for parent in output.absolute().parents if parent.exists())
     made = [parent for parent in output.absolute().parents if not parent.exists()]
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     try:
         partial.mkdir(parents=True)
-    except FileExistsError as error:
-        raise UserError(f"--output {output}: {existing} is no folder. Choose another.") from error
-    except NotADirectoryError as error:
-        raise UserError(f"--output {output}: {existing} is no folder. Choose another.") from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--output {output}: what should be a folder above it is a file. Choose another.") from error
     try:
         yield partial
         if keep:
@@ -144,6 +141,25 @@ def listing(folder: Path) -> list[tuple[str, int]]:
     return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
 
 
-def main_file(kind: Format) -> str:
-    """Name of the file that holds the network."""
-    return FILES[kind]
+def usage(kind: Format) -> str:
+    """How to load an export, for its model card."""
+    example = _EXAMPLE.format(**_LINES[kind])
+    return f"`{EXAMPLE}`, which lies beside this file:\n\n```python\n{example}```"
+
+
+def is_best(opened: Path, run: Path | None) -> bool:
+    """Whether *opened*, as typed, is the model that the run keeps as its best: the run itself, or its ``model/``."""
+    return run is not None and opened.expanduser().resolve() in (run.resolve(), (run / "model").resolve())
+
+
+def output_folder(asked: str | None, opened: Path, run: Path | None, kind: Format) -> Path:
+    """Where the export goes: as asked, or into ``export/`` of the run; a checkpoint's is named by the checkpoint, too.
+
+    Raises:
+        UserError: nothing was asked and there is no run.
+    """
+    if asked is not None:
+        return Path(asked).expanduser()
+    if run is None:
+        raise UserError(f"--run {opened} belongs to no run that the export could lie in; give --output.")
+    return run / "export" / (kind if is_best(opened, run) else f"{opened.resolve().name}-{kind}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from tuning.class_maps import outputs_for
 from tuning.data.loader import Pictures
 from tuning.data.sampling import Item
+from tuning.data.sources import Data
 from tuning.data.transforms import Crop, Normalise
 from tuning.errors import UserError
 from tuning.exporting.formats import Network, inputs_for
@@ -53,24 +55,31 @@ class Comparison:
 
 
 def compare(
-    model: nn.Module, export: Network, rows: Dataset, info: ModelInfo, uint8: bool, settings: dict[str, Any]
+    model: nn.Module,
+    export: Network,
+    data: Data,
+    classes: Sequence[str],
+    info: ModelInfo,
+    uint8: bool,
+    settings: dict[str, Any],
 ) -> Comparison:
-    """Run both on every picture of *rows*, in batches of several sizes.
+    """Run both on every evaluation picture of *data*, in batches of several sizes.
 
     Args:
         model: the original, raw, on the CPU, in evaluation mode.
-        rows: encoded pictures and labels, as `open_data` gives them.
+        classes: of the model.
         settings: content of ``preprocessing.json``.
 
     Raises:
-        UserError: not one picture could be read.
+        UserError: not one picture could be read; classes that the model doesn't know.
     """
+    outputs, rows = outputs_for(data.classes, classes, f"--data {data.name}"), data.eval
     wanted, got, labels, pillow, read = [], [], [], [], []
     with torch.inference_mode():
         for images, truth, pictures in _batches(rows, info):
             wanted.append(model(Normalise(info.mean, info.std)(images)).float())
             got.append(export(inputs_for(images, info, uint8)).clone())
-            labels.append(truth)
+            labels.append(outputs[truth])
             for picture in pictures:
                 inputs = _prepared(picture, settings)
                 read.append(inputs is not None)

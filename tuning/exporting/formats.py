@@ -71,6 +71,11 @@ def input_type(kind: Format, asked: InputType | None) -> InputType:
     return asked or ("float" if kind == "timm" else "uint8")
 
 
+def original(model: nn.Module, info: ModelInfo, uint8: bool) -> nn.Module:
+    """What is exported: *model*, with the normalisation before it where the input is uint8; in evaluation mode."""
+    return (WithNormalisation(model, info.mean, info.std) if uint8 else model).eval()
+
+
 def write(kind: Format, model: nn.Module, info: ModelInfo, classes: Sequence[str], folder: Path, uint8: bool) -> None:
     """Write *model* (on the CPU, in evaluation mode) into *folder* under the name in `FILES`.
 
@@ -83,7 +88,7 @@ def write(kind: Format, model: nn.Module, info: ModelInfo, classes: Sequence[str
     if kind == "timm":
         save_timm_folder(model, info, classes, folder)
         return
-    network = (WithNormalisation(model, info.mean, info.std) if uint8 else model).eval()
+    network = original(model, info, uint8)
     shape = (EXAMPLE_BATCH, 3, info.input_size, info.input_size)
     example = torch.zeros(shape, dtype=torch.uint8 if uint8 else torch.float32)
     try:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,31 +14,36 @@ from torch import Tensor
 from tuning.exporting.formats import Network
 
 BATCHES = (1, 8, 32)
+ENOUGH_SECONDS, FEWEST = 20.0, 3  # a batch size that has taken so long ends with fewer repeats
 
 
-class Timed(NamedTuple):
-    """A network and what it takes for a given number of images."""
+def latencies(
+    networks: Mapping[str, Network], inputs: Tensor, repeats: int, batches: Sequence[int] = BATCHES
+) -> list[dict[str, Any]]:
+    """Median milliseconds of a forward pass, one row a batch size: ``{"batch", "<name>": ms, ..., "repeats"}``.
 
-    network: Network
-    inputs: Mapping[int, Tensor]
+    The networks take turns, so that a machine that gets slower or busy slows all of them, in an order drawn anew every
+    round, so that none falls into step with what else runs there; the first round is not counted.
 
-
-def latencies(timed: Mapping[str, Timed], repeats: int, batches: Sequence[int] = BATCHES) -> list[dict[str, Any]]:
-    """Median milliseconds of a forward pass, one row a batch size: ``{"batch", "<name>": ms, ...}``.
-
-    The networks take turns, so that a machine that gets slower or busy slows all of them; the first round is not
-    counted.
+    Args:
+        inputs: of all networks, at least as many as the largest of *batches*.
+        repeats: passes of each network, at most; at least 1.
     """
-    table = []
-    for batch in batches:
-        seconds: dict[str, list[float]] = {name: [] for name in timed}
-        with torch.inference_mode():
-            for repeat in range(repeats + 1):
-                for name, (network, inputs) in timed.items():
-                    start = time.perf_counter()
-                    network(inputs[batch])
-                    if repeat:
-                        seconds[name].append(time.perf_counter() - start)
-        row = {name: round(1000 * statistics.median(taken), 3) for name, taken in seconds.items()}
-        table.append({"batch": batch, **row})
-    return table
+    return [_row(networks, inputs[:batch].clone(), repeats) for batch in batches]
+
+
+def _row(networks: Mapping[str, Network], inputs: Tensor, repeats: int) -> dict[str, Any]:
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    begun, done, draws = time.perf_counter(), 0, random.Random(0)
+    with torch.inference_mode():
+        for repeat in range(repeats + 1):
+            for name in draws.sample(list(networks), len(networks)):
+                start = time.perf_counter()
+                networks[name](inputs)
+                if repeat:
+                    seconds[name].append(time.perf_counter() - start)
+            done = repeat
+            if done >= FEWEST and time.perf_counter() - begun > ENOUGH_SECONDS:
+                break
+    medians = {name: round(1000 * statistics.median(taken), 3) for name, taken in seconds.items()}
+    return {"batch": len(inputs), **medians, "repeats": done}

@@ -22,7 +22,7 @@ def check_repository(repository: str) -> None:
         UserError: names it.
     """
     try:
-        huggingface_hub.utils.validate_repo_id(repository)
+        huggingface_hub.utils.validate_repo_id(repository)  # type: ignore[attr-defined]
     except HFValidationError as error:
         raise UserError(f"--push {repository!r} is no name of a repository: {first_line(error)}") from error
     if repository.count("/") != 1:
