@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import timm
 import torch
@@ -88,38 +89,36 @@ def write(kind: Format, model: nn.Module, info: ModelInfo, classes: Sequence[str
     if kind == "timm":
         save_timm_folder(model, info, classes, folder)
         return
-    network = original(model, info, uint8)
     shape = (EXAMPLE_BATCH, 3, info.input_size, info.input_size)
     example = torch.zeros(shape, dtype=torch.uint8 if uint8 else torch.float32)
+    with _refusing(kind, info.name, instead="timm"), torch.no_grad():
+        batch = torch.export.Dim("batch", min=1)
+        program = torch.export.export(original(model, info, uint8), (example,), dynamic_shapes=({0: batch},))
+    if kind == "exported-program":
+        torch.export.save(program, folder / FILES[kind])
+        return
+    with _refusing(kind, info.name, instead="timm or exported-program"), torch.no_grad():
+        written = torch.onnx.export(
+            program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
+        )
+        assert written is not None
+    written.save(str(folder / FILES[kind]))
+
+
+@contextlib.contextmanager
+def _refusing(kind: Format, name: str, instead: str) -> Iterator[None]:
+    """Turn an exporter's error into a `UserError` with its reason and another format, and its pages of output off."""
     try:
-        with _quiet(), torch.no_grad():
-            batch = torch.export.Dim("batch", min=1)
-            program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
-            if kind == "onnx":
-                _write_onnx(program, folder / FILES[kind])
-            else:
-                torch.export.save(program, folder / FILES[kind])
-    except OSError:
-        raise
+        with quiet(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
     except Exception as error:  # torch.export, torch.onnx and onnxscript each have their own
-        raise _inexpressible(kind, info.name, error) from error
-
-
-def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    written = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
-    assert written is not None
-    written.save(str(path))
-
-
-def _inexpressible(kind: Format, name: str, error: BaseException) -> UserError:
-    cause = error
-    while cause.__cause__ is not None:  # torch.onnx wraps the reason several times
-        cause = cause.__cause__
-    others = [other for other in FILES if other != kind and not (kind == "exported-program" and other == "onnx")]
-    return UserError(
-        f"--format {kind}: {name} can't be expressed in it ({type(cause).__name__}: {first_line(cause)}). "
-        f"Choose --format {' or '.join(others)}."
-    )
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # torch.onnx wraps the reason several times
+            cause = cause.__cause__
+        raise UserError(
+            f"--format {kind}: {name} can't be expressed in it ({type(cause).__name__}: {first_line(cause)}). "
+            f"Choose --format {instead}."
+        ) from error
 
 
 def load(kind: Format, folder: Path, threads: int) -> Network:
@@ -131,7 +130,7 @@ def load(kind: Format, folder: Path, threads: int) -> Network:
     if kind == "onnx":
         return _onnx_network(folder / FILES[kind], threads)
     if kind == "timm":
-        with _quiet():
+        with quiet():
             model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
         return model.eval()
     return torch.export.load(folder / FILES[kind]).module()
@@ -157,17 +156,13 @@ def inputs_for(images: Tensor, info: ModelInfo, uint8: bool) -> Tensor:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No warnings and log lines of the exporters: what they make is judged by its answers."""
-    names: tuple[Any, ...] = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "timm")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
+    before = logging.root.manager.disable
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+        logging.disable(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
