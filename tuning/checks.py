@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -146,6 +147,8 @@ def refuse_without_effect(
         if recipe.startswith("recipes/") and recipe not in owners:
             flag, owner = key.replace("_", "-"), " and ".join(owners)
             raise UserError(f"--{flag} {shown(values[key])} is for {owner} and has no effect in {recipe}. Drop it.")
+    if recipe in OPENING:
+        _check_opening(flags, typed, recipe)
     if listed is not None:
         own = {as_key(key) for stage in listed for key in stage} | set(ONLY_WITHOUT_STAGES)
         for key in typed:
@@ -169,6 +172,26 @@ def refuse_without_effect(
                 f"--{key} {values[key]} mixes pictures, but every stage trains on cached features. Drop it, or "
                 "--cache-features."
             )
+
+
+def _check_opening(flags: Flags, typed: Sequence[str], recipe: str) -> None:
+    """What recipes that open something trained refuse; ``--print-config`` needs nothing to open."""
+    opened, evaluate = flags.opened.run, flags.evaluate
+    for key in ("model", "weights"):
+        if opened is not None and key in typed:
+            raise UserError(f"--{key} {getattr(flags.model, key)}: --run {opened} is the model. Give one of the two.")
+    if opened is None and (evaluate.ensemble or evaluate.calibrate):
+        flag = "--ensemble" if evaluate.ensemble else "--calibrate"
+        raise UserError(f"{flag} needs --run, a run or a timm folder.")
+    if evaluate.calibrate and (evaluate.ensemble or evaluate.tta != "none"):
+        flag = "--ensemble" if evaluate.ensemble else f"--tta {evaluate.tta}"
+        raise UserError(f"--calibrate stores a temperature for one model as it is; leave {flag} out.")
+    members = [os.path.realpath(path) for path in (opened, *evaluate.ensemble) if path]
+    if len({*members}) < len(members):
+        raise UserError("--ensemble: the same model twice is no ensemble. Name each once.")
+    nothing = opened is None and flags.model == Flags().model and flags.data == Flags().data
+    if recipe == "recipes/evaluate.py" and nothing and not flags.run.print_config:
+        raise UserError("Give what is to be judged: --run R, or --model (with --weights) and --data.")
 
 
 def _owners(flags: Flags, key: str, recipe: str, stages: Sequence[Stage]) -> tuple[str, ...]:
