@@ -10,6 +10,7 @@ bottom.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from tuning.command_line import Command, run_recipe
@@ -27,12 +28,14 @@ def export(command: Command) -> None:
     import torch
 
     from tuning import model_card, track
+    from tuning.card_metrics import judged_metrics
     from tuning.console import Speaker
-    from tuning.data.sources import open_data
     from tuning.errors import UserError
     from tuning.exporting import bundle, comparison, formats, latency, publishing, report
     from tuning.finished import open_finished
     from tuning.hardware import hardware
+    from tuning.judged_data import labels_for, open_judged
+    from tuning.outputs import refuse_used_folder
     from tuning.session import cpu_cores
 
     flags, run, asked, kind = command.flags, command.flags.run, command.flags.export, command.flags.export.format
@@ -45,9 +48,12 @@ def export(command: Command) -> None:
     uint8 = formats.input_type(kind, asked.export_input) == "uint8"
     formats.check_packages(kind)
     found = open_finished(flags.opened.run)
+    best = bundle.is_best(Path(flags.opened.run), found.run)
     output = bundle.output_folder(run.output, Path(flags.opened.run), found.run, kind)
-    bundle.check_output(output)
+    refuse_used_folder(output)
     name = publishing.artifact_name(f"{(found.run or Path(flags.opened.run)).resolve().name}-{kind}")
+    evaluation = judged_metrics(asked.metrics, found.run if best else None, found.classes)
+    evaluation = evaluation or (model_card.best_of_run(found.run) if best else {})
     if asked.push:
         publishing.check_repository(asked.push)
         run.dry_run or publishing.check_login()
@@ -55,7 +61,8 @@ def export(command: Command) -> None:
     if tracker_run and not run.dry_run:
         track.check_artifact()
     limit = min(asked.check_images, flags.data.limit_eval or asked.check_images)
-    data = open_data(**{**vars(flags.data), "limit_train": None, "limit_eval": limit}, seed=run.seed)
+    data, _ = open_judged(replace(flags.data, limit_eval=limit), run.seed, flags.opened.run)
+    labels = labels_for(data.eval, data, found.classes)
     threads = cpu_cores() if run.threads == "auto" else run.threads
     torch.set_num_threads(threads)
     speaker, machine = Speaker(True), hardware(torch.device("cpu"))
@@ -64,12 +71,12 @@ def export(command: Command) -> None:
     # 2. The export appears under its name when all of it is there and right.
     with bundle.appearing(output, keep=not run.dry_run) as folder:
         formats.write(kind, found.model, found.info, found.classes, folder, uint8)
-        settings = bundle.settings_for(found.info, found.classes, found.temperature, uint8)
+        settings = bundle.settings_for(found.info, found.classes, found.temperature, uint8, found.fitted_on)
         bundle.write_companions(kind, settings, folder)
         network = formats.load(kind, folder, threads)
 
         # 3. The same pictures through both, from the files just written.
-        compared = comparison.compare(found.model, network, data, found.classes, found.info, uint8, settings)
+        compared = comparison.compare(found.model, network, data.eval, labels, found.info, uint8, settings)
         speaker.say(report.comparison_line(compared, asked.tolerance))
         if not compared.within(asked.tolerance):
             print(
@@ -102,7 +109,7 @@ def export(command: Command) -> None:
                 found.run,
                 found.config,
                 bundle.usage(kind),
-                is_best=bundle.is_best(Path(flags.opened.run), found.run),
+                evaluation,
                 licence=asked.license,
                 sections=(("Export", about),),
             ),

@@ -55,7 +55,8 @@ USED = {  # flags that recipes know which train nothing; all others are refused 
     "recipes/predict.py": (*_ANY_RUN, *_MODEL, "images", "top_k"),
     "recipes/export.py": (
         *("run", "output", "threads", "dry_run", "preset", "config", "print_config"),
-        *("format", "export_input", "tolerance", "check_images", "latency_repeats", "license", "push", "push_wandb"),
+        *("format", "export_input", "tolerance", "check_images", "latency_repeats", "license", "metrics"),
+        *("push", "push_wandb"),
         *("data", "image_column", "label_column", "train_split", "eval_split", "limit_eval"),
     ),
 }

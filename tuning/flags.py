@@ -261,6 +261,9 @@ class ExportFlags:
     """Forward passes of every batch size that recipes/export.py times, in turns with the original; 0 = none."""
     license: str | None = None
     """Licence of the exported model in the header of its model card, for example apache-2.0. Default: unknown."""
+    metrics: str | None = None
+    """metrics.json of recipes/evaluate.py for the model card. Default: evaluation/metrics.json of the run where there is
+    one, else the run's own best evaluation."""
     push: str | None = None
     """Upload the export to this repository OWNER/NAME of the Hugging Face hub, private if it is new."""
     push_wandb: bool = False
@@ -271,7 +274,7 @@ class ExportFlags:
 class OpenedFlags:
     run: str | None = None
     """What was trained, for recipes/evaluate.py, predict.py and export.py: the folder of a run, one of its checkpoints,
-    or a folder in timm's format. Default: --model with its --weights."""
+    or a folder in timm's format. Default: --model with its --weights; export.py has none."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Mitchell et al. 2019, *Model Cards for Model Reporting*. What isn't known is cal
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -14,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
-from tuning import licences
+from tuning import card_metrics, licences
 from tuning.coerce import read_yaml
 from tuning.command_line import parse_command
 from tuning.errors import UserError
@@ -26,17 +25,6 @@ from tuning.run_folder import CONFIG, RunFolder
 
 CARD, CURVES = "README.md", "curves.png"
 SHOWN_CLASSES = 20
-# Name in our metrics: (name on the hub, what people call it)
-METRICS = {
-    "top1": ("accuracy", "top-1 accuracy"),
-    "top5": ("top_5_accuracy", "top-5 accuracy"),
-    "balanced_accuracy": ("balanced_accuracy", "balanced accuracy"),
-    "macro_f1": ("f1", "macro F1"),
-    "roc_auc": ("roc_auc", "ROC-AUC"),
-    "average_precision": ("average_precision", "average precision"),
-    "ece": ("ece", "expected calibration error"),
-    "loss": ("loss", "cross-entropy"),
-}
 _TEMPLATE = "---\n{{ card_data }}\n---\n\n{{ body }}\n"
 
 
@@ -47,8 +35,8 @@ class Described:
     Attributes:
         info, classes: of the model.
         run: folder of the run; None for a model without one.
-        is_best: the model is the one in the run's ``model/``, whose metrics the run knows; no checkpoint.
         config: flags of that run; empty without one.
+        evaluation: metrics of the model as `card_metrics` takes them; empty where none are known.
         licence: of the published model, an id of the hub; None = unknown.
         usage: how to load what lies beside the card, as Markdown.
         sections: further ones, each a title and Markdown.
@@ -59,7 +47,7 @@ class Described:
     run: Path | None
     config: Mapping[str, Any]
     usage: str
-    is_best: bool = True
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
     licence: str | None = None
     sections: Sequence[tuple[str, str]] = field(default=())
 
@@ -81,19 +69,29 @@ def card_of_run(info: ModelInfo, classes: Sequence[str], folder: RunFolder) -> N
     """Write the card into ``model/`` of a run that has come to its end. A card that fails costs a warning only."""
     try:
         config = read_yaml(folder.path / CONFIG, CONFIG)
-        kept = _read_json(folder.model / "config.json")["pretrained_cfg"]["input_size"]  # of the stage that was best
+        kept = card_metrics.read_json(folder.model / "config.json")["pretrained_cfg"][
+            "input_size"
+        ]  # of the stage that was best
         info = replace(info, input_size=kept[-1])
-        write_card(Described(info, classes, folder.path, config, timm_usage("FOLDER")), folder.model)
+        best = best_of_run(folder.path)
+        write_card(Described(info, classes, folder.path, config, timm_usage("FOLDER"), best), folder.model)
     except Exception as error:  # whatever it is, the weights are there and a run shall not fail for a text
         print(f"warning: no model card was written to {folder.model} ({error}).", file=sys.stderr, flush=True)
 
 
+def best_of_run(run: Path | None) -> dict[str, Any]:
+    """The metrics of the evaluation that chose the run's ``model/``; empty where there is none."""
+    best = _summary(run).get("best")
+    return best if isinstance(best, dict) else {}
+
+
 def card(described: Described, curves: bool) -> str:
     """The text of the card; *curves* = there is a picture of them beside it."""
-    summary, evaluation = _summary(described.run), _evaluation(described)
+    summary = _summary(described.run)
+    best_by = summary.get("best_by") if described.evaluation else None
     sections = [
         ("Use", described.usage),
-        ("Evaluation", _evaluation_text(evaluation, summary)),
+        ("Evaluation", card_metrics.metrics_text(described.evaluation, best_by)),
         ("Data", _data_text(described, summary)),
         ("Training", _training_text(described, summary) + ("\n\n![curves](curves.png)" if curves else "")),
         *described.sections,
@@ -101,31 +99,21 @@ def card(described: Described, curves: bool) -> str:
     ]
     name = _title(described)
     body = "\n\n".join([f"# {name}", _introduction(described), *(f"## {title}\n\n{text}" for title, text in sections)])
-    return f"{ModelCard.from_template(_header(described, evaluation, name), template_str=_TEMPLATE, body=body)}\n"
+    return f"{ModelCard.from_template(_header(described, name), template_str=_TEMPLATE, body=body)}\n"
 
 
-def _header(described: Described, evaluation: Mapping[str, Any], name: str) -> ModelCardData:
-    data, dataset = described.config.get("data"), _data_name(described.config)
-    metrics = {key: value for key in METRICS if (value := number(evaluation.get(key))) is not None}
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=data if data and _on_hub(data) else "imagefolder",
-            dataset_name=dataset,
-            metric_type=METRICS[key][0],
-            metric_name=METRICS[key][1],
-            metric_value=round(value, 6),
-        )
-        for key, value in metrics.items()
-    ]
+def _header(described: Described, name: str) -> ModelCardData:
+    data, on_hub = described.config.get("data"), _on_hub(described.config.get("data"))
+    evaluation = described.evaluation if described.evaluation.get("own_data", True) else {}
+    results = card_metrics.results(evaluation, _data_name(described.config), data if data and on_hub else "imagefolder")
     return ModelCardData(
         license=described.licence or licences.UNKNOWN,
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "fine-tuning"],
         base_model=licences.base_model(described.config),
-        datasets=[data] if data and _on_hub(data) else None,
-        metrics=[METRICS[key][0] for key in metrics] or None,
+        datasets=[data] if data and on_hub else None,
+        metrics=[result.metric_type for result in results] or None,
         model_name=name,
         eval_results=results or None,
     )
@@ -143,31 +131,6 @@ def _introduction(described: Described) -> str:
         f"An image classifier: [timm](https://github.com/huggingface/pytorch-image-models)'s `{info.architecture}` for "
         f"{len(names):,} classes ({listed}), {info.input_size} x {info.input_size} pixels."
     )
-
-
-def _evaluation_text(evaluation: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    metrics = {key: value for key in METRICS if (value := number(evaluation.get(key))) is not None}
-    if not metrics:
-        return "No evaluation is known of this model."
-    intervals = evaluation.get("intervals")
-    intervals = intervals if isinstance(intervals, Mapping) else {}
-    rows = [(METRICS[key][1], f"{value:.4f}", _interval(intervals.get(key))) for key, value in metrics.items()]
-    images = number(evaluation.get("images"))
-    text = [_table(("metric", "value", "95 % interval"), rows)]
-    text.append(f"On {images:,.0f} images of the evaluation part of the data." if images else "")
-    if summary.get("best_by"):
-        text.append(
-            f"The weights are those of the evaluation with the best {_plain(summary['best_by'])}; numbers on the "
-            "images that chose them are a little flattering."
-        )
-    if not intervals:
-        text.append("Intervals: `recipes/evaluate.py --run RUN` computes them.")
-    return "\n\n".join(part for part in text if part)
-
-
-def _interval(value: Any) -> str:
-    low, high = (number(end) for end in value) if isinstance(value, list | tuple) and len(value) == 2 else (None, None)
-    return "unknown" if low is None or high is None else f"{low:.4f} to {high:.4f}"
 
 
 def _data_text(described: Described, summary: Mapping[str, Any]) -> str:
@@ -221,7 +184,7 @@ def _stages_text(run: Path | None) -> str:
         )
         for n, stage in enumerate(stages)
     ]
-    return _table(("stage", "open", "epochs", "optimizer", "peak LR", "schedule", "batch"), rows)
+    return card_metrics.table(("stage", "open", "epochs", "optimizer", "peak LR", "schedule", "batch"), rows)
 
 
 def _found_rates(run: Path) -> dict[int, float]:
@@ -241,24 +204,7 @@ def _licence_text(described: Described) -> str:
 
 
 def _summary(run: Path | None) -> dict[str, Any]:
-    return _read_json(run / "summary.json") if run else {}
-
-
-def _evaluation(described: Described) -> dict[str, Any]:
-    """The metrics of recipes/evaluate.py where it has judged the run, else those of the run's best evaluation."""
-    run = described.run
-    if run is None or not described.is_best:
-        return {}
-    judged = _read_json(run / "evaluation" / "metrics.json")
-    return judged or _summary(run).get("best") or {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return card_metrics.read_json(RunFolder(run).summary) if run else {}
 
 
 def _data_name(config: Mapping[str, Any]) -> str:
@@ -269,14 +215,11 @@ def _data_name(config: Mapping[str, Any]) -> str:
     return "ELPV (solar cells)" if data == "demo" else _plain(data if _on_hub(data) else Path(data).name or data)
 
 
-def _on_hub(data: str) -> bool:
+def _on_hub(data: Any) -> bool:
     """Whether ``--data`` named a dataset of the hub: OWNER/NAME and no folder here."""
+    if not isinstance(data, str):
+        return False
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", data)) and data[0] != "." and not Path(data).exists()
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
 def _plain(value: object) -> str:

@@ -13,7 +13,9 @@ from typing import Any
 from tuning.errors import UserError
 from tuning.exporting import preprocessing
 from tuning.exporting.formats import Format
+from tuning.finished import CALIBRATION, TIMM_CONFIG
 from tuning.models import ModelInfo
+from tuning.outputs import refuse_used_folder
 
 SETTINGS, COMPARISON, LATENCY, EXAMPLE, CARD = (
     *("preprocessing.json", "comparison.json", "latency.json", "example.py", "README.md"),
@@ -58,11 +60,13 @@ _LINES: dict[Format, dict[str, str]] = {
 }
 
 
-def settings_for(info: ModelInfo, classes: tuple[str, ...], temperature: float, uint8: bool) -> dict[str, Any]:
+def settings_for(
+    info: ModelInfo, classes: tuple[str, ...], temperature: float, uint8: bool, fitted_on: str = ""
+) -> dict[str, Any]:
     """The content of ``preprocessing.json``: what `preprocessing` works by.
 
     Args:
-        temperature: that calibrates the probabilities.
+        temperature: that calibrates the probabilities, and what it was fitted on.
         uint8: the export normalises by itself; else its caller does.
     """
     size = info.input_size
@@ -82,13 +86,18 @@ def settings_for(info: ModelInfo, classes: tuple[str, ...], temperature: float, 
         "normalise": "inside the network" if uint8 else "before the network: (pixels / 255 - mean) / std",
         "output": {"name": "logits", "shape": ["batch", len(classes)]},
         "temperature": temperature,
+        "temperature_fitted_on": fitted_on or None,
         "classes": list(classes),
     }
 
 
 def write_companions(kind: Format, settings: Mapping[str, Any], folder: Path) -> None:
-    """Lay preprocessing and example beside the network."""
+    """Lay preprocessing and example beside the network; a timm folder is told the temperature, too."""
     write_json(folder / SETTINGS, settings)
+    if kind == "timm" and settings["temperature"] != 1.0:
+        config = json.loads((folder / TIMM_CONFIG).read_text(encoding="utf-8"))
+        fitted = {"temperature": settings["temperature"], "fitted_on": settings["temperature_fitted_on"] or ""}
+        write_json(folder / TIMM_CONFIG, config | {CALIBRATION: fitted})
     shutil.copyfile(Path(preprocessing.__file__), folder / PREPROCESSING)
     (folder / EXAMPLE).write_text(_EXAMPLE.format(**_LINES[kind]), encoding="utf-8")
 
@@ -98,35 +107,24 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def check_output(output: Path) -> None:
-    """Refuse to write over anything.
-
-    Raises:
-        UserError: *output* exists, or can't be made.
-    """
-    if output.exists() or output.is_symlink():
-        raise UserError(f"--output {output} exists already. Choose another, or remove it.")
-
-
 @contextlib.contextmanager
 def appearing(output: Path, keep: bool = True) -> Iterator[Path]:
     """A folder to fill, which becomes *output* when the body ends well and *keep*; else nothing is left of it.
 
     Raises:
-        UserError: meanwhile something else appeared under that name.
+        UserError: there is something in *output* already, also if it came there meanwhile, or it can't be made.
     """
-    check_output(output)
+    refuse_used_folder(output)
     made = [parent for parent in output.absolute().parents if not parent.exists()]
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    try:
-        partial.mkdir(parents=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"--output {output}: what should be a folder above it is a file. Choose another.") from error
+    partial.mkdir(parents=True)
     try:
         yield partial
         if keep:
-            check_output(output)
+            refuse_used_folder(output)
+            if output.is_dir():
+                output.rmdir()
             partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

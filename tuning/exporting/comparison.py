@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from tuning.class_maps import outputs_for
 from tuning.data.loader import Pictures
 from tuning.data.sampling import Item
-from tuning.data.sources import Data
 from tuning.data.transforms import Crop, Normalise
 from tuning.errors import UserError
 from tuning.exporting.formats import Network, inputs_for
@@ -57,37 +55,37 @@ class Comparison:
 def compare(
     model: nn.Module,
     export: Network,
-    data: Data,
-    classes: Sequence[str],
+    rows: Dataset,
+    labels: Tensor,
     info: ModelInfo,
     uint8: bool,
     settings: dict[str, Any],
 ) -> Comparison:
-    """Run both on every evaluation picture of *data*, in batches of several sizes.
+    """Run both on every picture of *rows*, in batches of several sizes.
 
     Args:
         model: the original, raw, on the CPU, in evaluation mode.
-        classes: of the model.
+        rows: encoded pictures, as `open_data` gives them.
+        labels: of all of them as outputs of the model, ``(N,)``.
         settings: content of ``preprocessing.json``.
 
     Raises:
-        UserError: not one picture could be read; classes that the model doesn't know.
+        UserError: not one picture could be read.
     """
-    outputs, rows = outputs_for(data.classes, classes, f"--data {data.name}"), data.eval
-    wanted, got, labels, pillow, read = [], [], [], [], []
+    wanted, got, seen, pillow, read = [], [], [], [], []
     with torch.inference_mode():
-        for images, truth, pictures in _batches(rows, info):
+        for images, numbers, pictures in _batches(rows, info):
             wanted.append(model(Normalise(info.mean, info.std)(images)).float())
             got.append(export(inputs_for(images, info, uint8)).clone())
-            labels.append(outputs[truth])
+            seen.append(numbers)
             for picture in pictures:
                 inputs = _prepared(picture, settings)
                 read.append(inputs is not None)
                 if inputs is not None:
                     pillow.append(export(inputs).clone())
-    if not labels:
+    if not seen:
         raise UserError(f"none of the {len(rows)} pictures that the export would be compared on could be read.")
-    original, truth = torch.cat(wanted), torch.cat(labels)
+    original, truth = torch.cat(wanted), labels[torch.cat(seen)]
     exported, kept = torch.cat(got), torch.tensor(read)
     by_pillow = torch.cat(pillow) if pillow else exported[:0]
     return Comparison(
@@ -104,7 +102,7 @@ def compare(
 
 
 def _batches(rows: Dataset, info: ModelInfo) -> Iterator[tuple[Tensor, Tensor, list[Any]]]:
-    """(uint8 images as evaluation sees them, labels, the encoded pictures) of the readable rows."""
+    """(uint8 images as evaluation sees them, their rows, the encoded pictures) of the readable rows."""
     crop = Crop(info.input_size, info.interpolation, info.crop_pct)
     pictures = Pictures(rows, crop, "none", 0, replace_unreadable=False)
     start, sizes = 0, iter(BATCHES)
@@ -112,9 +110,9 @@ def _batches(rows: Dataset, info: ModelInfo) -> Iterator[tuple[Tensor, Tensor, l
         stop = min(len(rows), start + next(sizes, BATCHES[-1]))
         batch = pictures.__getitems__([Item(0, row, 1.0) for row in range(start, stop)])
         kept = batch.weights > 0
-        encoded = [rows[row]["image"] for row in (torch.arange(start, stop)[kept]).tolist()]
-        if encoded:
-            yield batch.images[kept], batch.labels[kept], encoded
+        numbers = batch.index[kept]
+        if len(numbers):
+            yield batch.images[kept], numbers, [rows[row]["image"] for row in numbers.tolist()]
         start = stop
 
 
