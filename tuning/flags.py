@@ -263,7 +263,7 @@ class ExportFlags:
     license: str | None = None
     """Licence of the exported model in the header of its model card, for example apache-2.0. Default: unknown."""
     metrics: str | None = None
-    """metrics.json of recipes/evaluate.py for the model card. Default: evaluation/metrics.json of the run where there is
+    """metrics.json of recipes/evaluate.py for the model card. Default: evaluation/metrics.json of the run if there is
     one, else the run's own best evaluation."""
     push: str | None = None
     """Upload the export to this repository OWNER/NAME of the Hugging Face hub, private if it is new."""
