@@ -68,7 +68,17 @@ def finetune_here(*flags: str) -> int:
         return end.code if isinstance(end.code, int) else 1
 
 
-AFTER = ("judgement", "ensembles", "calibration", "views", "judged_data", "predicting", "picture_files", "top_classes")
+AFTER = (
+    "console",
+    "judgement",
+    "ensembles",
+    "calibration",
+    "views",
+    "judged_data",
+    "predicting",
+    "picture_files",
+    "top_classes",
+)
 
 
 def import_after() -> None:
