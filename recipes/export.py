@@ -36,7 +36,7 @@ def export(command: Command) -> None:
     from tuning.hardware import hardware
     from tuning.judged_data import labels_for, open_judged
     from tuning.outputs import refuse_used_folder
-    from tuning.session import cpu_cores
+    from tuning.session import cpu_cores, keep_freed_memory
 
     flags, run, asked, kind = command.flags, command.flags.run, command.flags.export, command.flags.export.format
     if int(os.environ.get("RANK", "0")):
@@ -65,6 +65,7 @@ def export(command: Command) -> None:
     labels = labels_for(data.eval, data, found.classes)
     threads = cpu_cores() if run.threads == "auto" else run.threads
     torch.set_num_threads(threads)
+    keep_freed_memory()
     speaker, machine = Speaker(True), hardware(torch.device("cpu"))
     speaker.say(f"{found.info.architecture}, {found.info.weights}: to {kind}, {'uint8' if uint8 else 'float'} input.")
 
@@ -95,7 +96,9 @@ def export(command: Command) -> None:
             images = torch.randint(0, 256, (latency.BATCHES[-1], 3, *[found.info.input_size] * 2), dtype=torch.uint8)
             inputs = formats.inputs_for(images, found.info, uint8)
             original = formats.original(found.model, found.info, uint8)
-            rows = latency.latencies({"torch": original, kind: network}, inputs, asked.latency_repeats)
+            # The original as a run evaluates it: channels-last, and memory kept between batches.
+            networks = {"torch": lambda x: original(x.contiguous(memory_format=torch.channels_last)), kind: network}
+            rows = latency.latencies(networks, inputs, asked.latency_repeats)
             timings = report.latency_facts(rows, threads, machine, kind)
             bundle.write_json(folder / bundle.LATENCY, timings)
             speaker.console.print(report.latency_table(rows, threads, machine))
