@@ -25,11 +25,14 @@ NEEDS = {  # flag: what another flag must be for it to have an effect
     "focal_gamma": ("loss", ("focal",)),
 }
 LOWEST = {  # smallest value: whole numbers
-    0: ("workers", "freeze_epochs", "epochs", "seed", "save_every", "check_steps", "near_bits", "bootstrap"),
+    0: (
+        *("workers", "freeze_epochs", "epochs", "seed", "save_every", "check_steps", "near_bits"),
+        *("bootstrap", "latency_repeats"),
+    ),
     1: (
         *("limit_train", "limit_eval", "batch_size", "micro_batch", "lr_batch"),
         *("keep", "log_every", "threads", "max_steps", "max_skipped", "overfit_steps", "min_side"),
-        *("finder_sweeps", "top_k"),
+        *("finder_sweeps", "top_k", "check_images"),
     ),
     10: ("finder_steps",),
 }
@@ -40,6 +43,7 @@ GROUPS_OF_RECIPES = {
     "opened": OPENING,
     "evaluate": ("recipes/evaluate.py",),
     "predict": ("recipes/predict.py",),
+    "export": ("recipes/export.py",),
 }
 _ANY_RUN = ("output", "precision", "threads", "timeout", "preset", "config", "print_config")
 _MODEL = ("run", "model", "weights", "image_size", "crop_pct", "micro_batch", "workers")
@@ -49,6 +53,12 @@ USED = {  # flags that recipes know which train nothing; all others are refused 
         *("data", "image_column", "label_column", "train_split", "eval_split", "limit_eval"),
     ),
     "recipes/predict.py": (*_ANY_RUN, *_MODEL, "images", "top_k"),
+    "recipes/export.py": (
+        *("run", "output", "threads", "dry_run", "preset", "config", "print_config"),
+        *("format", "export_input", "tolerance", "check_images", "latency_repeats", "license", "metrics"),
+        *("push", "push_wandb"),
+        *("data", "image_column", "label_column", "train_split", "eval_split", "limit_eval"),
+    ),
 }
 LONGEST_WAIT = 60.0 * 24 * 7  # minutes; a time-out that never ends would hide what hangs
 ONLY_WITHIN_A_RUN = ("finder_at", "finder_share")  # of the finder flags
@@ -113,6 +123,7 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
     check("give a norm above 0, or 0 for off", lambda x: 0 <= x < math.inf, "clip_norm")
     check("give a number above 0", above_0, "clip_value", "clip_agc")
     check("give a loss above 0, for example 0.1", above_0, "overfit_target")
+    check("give a difference of logits above 0, for example 1e-3", above_0, "tolerance")
     check("give a share in (0, 1], for example 0.1", lambda x: 0 < x <= 1, "finder_share")
     check("give 0, or a whole number from 10", lambda x: x == 0 or x >= 10, "finder_race")
     check("give a share in [0, 1], for example 0.01", lambda x: 0 <= x <= 1, "max_unreadable")

@@ -26,6 +26,9 @@ from tuning.stages import Stage, check_stage, read_stages, standard_stages
 # Where a run goes and whether it runs is not part of what it is: config.yaml leaves these out.
 NOT_IN_CONFIG = (
     "run",
+    "metrics",
+    "push",
+    "push_wandb",
     "ensemble",
     "images",
     "output",

@@ -122,6 +122,6 @@ def every_image(
             parts.append((*taken(logits, micro.labels), micro.weights, index))
     (*columns, seen), dealt = gathered(accelerator, parts)
     assert dealt == images, f"{dealt} of {images} images were evaluated"
-    if not len(rows):
+    if not len(seen):
         raise UserError(f"none of the {images} evaluation pictures could be read; check --data.")
     return tuple(columns)

@@ -205,7 +205,7 @@ class RunFlags:
     threads: int | Literal["auto"] = "auto"
     """CPU threads per process for training on a CPU. auto = CPU cores / processes on this machine."""
     dry_run: bool = False
-    """Print the plan, write plots/schedule.png and stop."""
+    """Print the plan, write plots/schedule.png and stop. recipes/export.py: say what would be written and uploaded."""
     preset: str | None = None
     """Name of a file in recipes/presets/ or path of a YAML file with flag values and a list of stages."""
     config: str | None = None
@@ -246,10 +246,36 @@ class CheckFlags:
 
 
 @dataclass(frozen=True)
+class ExportFlags:
+    format: Literal["timm", "onnx", "exported-program"] = "onnx"
+    """What recipes/export.py writes: onnx; exported-program = torch.export's, a .pt2 file; timm = a folder for
+    timm.create_model("local-dir:...")."""
+    export_input: Literal["uint8", "float"] | None = None
+    """What goes into the export: uint8 = RGB from 0 to 255, normalised inside the network; float = float32, already
+    normalised. Default: uint8; for a timm folder float, which can't be otherwise."""
+    tolerance: float = 1e-3
+    """Largest difference between a logit of the export and of the original on real pictures, beyond which
+    recipes/export.py refuses the export. 1e-3 moves no probability by more than 0.0005."""
+    check_images: int = 256
+    """Evaluation pictures, at most, on which recipes/export.py compares the two."""
+    latency_repeats: int = 20
+    """Forward passes of every batch size that recipes/export.py times, in turns with the original; 0 = none."""
+    license: str | None = None
+    """Licence of the exported model in the header of its model card, for example apache-2.0. Default: unknown."""
+    metrics: str | None = None
+    """metrics.json of recipes/evaluate.py for the model card. Default: evaluation/metrics.json of the run if there is
+    one, else the run's own best evaluation."""
+    push: str | None = None
+    """Upload the export to this repository OWNER/NAME of the Hugging Face hub, private if it is new."""
+    push_wandb: bool = False
+    """Upload the export as a W&B artifact of the training run."""
+
+
+@dataclass(frozen=True)
 class OpenedFlags:
     run: str | None = None
     """What was trained, for recipes/evaluate.py, predict.py and export.py: the folder of a run, one of its checkpoints,
-    or a folder in timm's format. Default: --model with its --weights."""
+    or a folder in timm's format. Default: --model with its --weights; export.py has none."""
 
 
 @dataclass(frozen=True)
@@ -311,6 +337,7 @@ class Flags:
     regularisation: RegularisationFlags = field(default_factory=RegularisationFlags)
     overfit: OverfitFlags = field(default_factory=OverfitFlags)
     check: CheckFlags = field(default_factory=CheckFlags)
+    export: ExportFlags = field(default_factory=ExportFlags)
     run: RunFlags = field(default_factory=RunFlags)
     finder: FinderFlags = field(default_factory=FinderFlags)
     opened: OpenedFlags = field(default_factory=OpenedFlags)
