@@ -122,8 +122,8 @@ def test_planted_label_errors_come_first(seed: int) -> None:
     probabilities = cross_val_predict(LogisticRegression(), points, labels, method="predict_proba").astype(np.float32)
     found = label_errors(probabilities, labels)
     first = np.isin(found.index[:60], flipped)
-    assert first.mean() > 0.9
-    assert np.isin(flipped, found.index[:150]).mean() > 0.75
+    assert first.mean() > 0.95, "ten per cent of all labels are wrong"
+    assert np.isin(flipped, found.index).mean() > 0.65
     planted = np.isin(found.index, flipped)
     assert (found.suggested[planted] == true[found.index[planted]]).mean() > 0.9
 
