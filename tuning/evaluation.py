@@ -13,6 +13,7 @@ from tuning.checkpoint import ema_statistics
 from tuning.data.loader import Micro
 from tuning.entering import Entered, HeadOnly
 from tuning.errors import UserError
+from tuning.gathering import gathered
 from tuning.losses import cross_entropy
 from tuning.metrics import classification_metrics, rank_classes
 from tuning.out_of_memory import InParts
@@ -64,14 +65,8 @@ def evaluate(
             logits = forward(micro.inputs).float()
             index = micro.rows.to(logits.device, non_blocking=True)
             parts.append((rank_classes(logits), micro.labels, loss(logits, micro.labels), micro.weights, index))
-    mine = tuple(torch.cat(column) for column in zip(*parts, strict=True))
-    ranked, labels, losses, weights, index = (column.cpu() for column in accelerator.gather(mine))
-    assert len(index.unique()) == images, f"{len(index.unique())} of {images} images were evaluated"
-    counted = weights > 0
-    if not counted.any():
+    (ranked, labels, losses, seen), dealt = gathered(accelerator, parts)
+    assert dealt == images, f"{dealt} of {images} images were evaluated"
+    if not len(seen):
         raise UserError(f"none of the {images} evaluation pictures could be read; check --data.")
-    seen = index[counted]
-    assert len(seen.unique()) == len(seen), "an image was evaluated twice"
-    order = torch.argsort(seen)
-    metrics = classification_metrics(ranked[counted][order], labels[counted][order], losses[counted][order], classes)
-    return {**metrics, "images": len(seen)}
+    return {**classification_metrics(ranked, labels, losses, classes), "images": len(seen)}

@@ -92,7 +92,24 @@ def plain_feed(
     unreadable: Unreadable | None = None,
 ) -> EvalFeed:
     """This process's part of *rows*, every picture once, with the evaluation crop at the stage's size."""
-    order = EvalOrder(len(rows), EVAL_BATCH, accelerator.process_index, accelerator.num_processes)
-    crop, normalise = Crop(planned.image_size, info.interpolation, info.crop_pct), Normalise(info.mean, info.std)
+    return judging_feed(accelerator, rows, planned.image_size, info, workers, unreadable)
+
+
+def judging_feed(
+    accelerator: Accelerator,
+    rows: Dataset,
+    image_size: int,
+    info: ModelInfo,
+    workers: int,
+    unreadable: Unreadable | None = None,
+    batch_size: int = EVAL_BATCH,
+) -> EvalFeed:
+    """This process's part of *rows*, every picture once, with the evaluation crop at *image_size* pixels.
+
+    Args:
+        batch_size: pictures per forward pass per process.
+    """
+    order = EvalOrder(len(rows), batch_size, accelerator.process_index, accelerator.num_processes)
+    crop, normalise = Crop(image_size, info.interpolation, info.crop_pct), Normalise(info.mean, info.std)
     device = accelerator.device
     return EvalFeed(rows, order, crop, normalise, workers=workers, device=device, unreadable=unreadable)

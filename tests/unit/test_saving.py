@@ -16,9 +16,10 @@ from plain_stages import plain_stage
 from torch import nn
 
 from tuning import checkpoint, saving
-from tuning.checkpoint import find, forget_after, load, read
+from tuning.checkpoint import find, forget_after, load
 from tuning.entering import Entered, enter_stage
 from tuning.errors import UserError
+from tuning.manifest import digest, read, sealed
 from tuning.plan import make_plan
 from tuning.progress import Progress
 from tuning.saving import Saver
@@ -201,7 +202,7 @@ def test_a_manifest_that_leaves_a_file_out_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints/step-00000001/manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["files"]["optimizer.pt"], manifest["sha256"]
-    path.write_text(checkpoint.sealed(manifest))
+    path.write_text(sealed(manifest))
     with pytest.raises(UserError, match=r"optimizer\.pt is missing or damaged"):
         read(path.parent)
 
@@ -244,8 +245,8 @@ def test_no_code_is_run_from_a_checkpoint(tmp_path: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["sha256"]
     file = folder / "optimizer.pt"
-    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": checkpoint.digest(file)}
-    (folder / "manifest.json").write_text(checkpoint.sealed(manifest))
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": digest(file)}
+    (folder / "manifest.json").write_text(sealed(manifest))
     accelerator = Accelerator()
     with pytest.raises(pickle.UnpicklingError):
         load(accelerator, read(folder), entered_stage(accelerator))
