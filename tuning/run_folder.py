@@ -58,6 +58,11 @@ class RunFolder:
         return self.path / SUMMARY
 
     @property
+    def report(self) -> Path:
+        """The run on one page; written last."""
+        return self.path / "report.html"
+
+    @property
     def plots(self) -> Path:
         """PNG pictures."""
         return self.path / "plots"

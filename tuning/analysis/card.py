@@ -29,23 +29,22 @@ class ClassRow:
     precision: float | None
 
 
-def class_rows(data: Data, counts: PerClass) -> list[ClassRow]:
+def class_rows(data: Data, counts: PerClass | None) -> list[ClassRow]:
     """Every class in the order of the class map; of more than `CLASS_ROWS`, those of the lowest recall first."""
-    parts = class_counts(data)
-    order = list(range(len(data.classes)))
-    if len(order) > CLASS_ROWS:
-        recalls = [counts.recall(index) for index in order]
-        order.sort(key=lambda index: 2.0 if recalls[index] is None else recalls[index])  # type: ignore[arg-type,return-value]
-    return [
+    train, judged = (part.tolist() for part in class_counts(data).values())
+    rows = [
         ClassRow(
-            data.classes[index],
-            int(parts["train"][index]),
-            int(parts["eval"][index]),
-            counts.recall(index),
-            counts.precision(index),
+            name,
+            train[index],
+            judged[index],
+            counts.recall(index) if counts else None,
+            counts.precision(index) if counts else None,
         )
-        for index in order[:CLASS_ROWS]
+        for index, name in enumerate(data.classes)
     ]
+    if len(rows) > CLASS_ROWS:
+        rows.sort(key=lambda row: 2.0 if row.recall is None else row.recall)
+    return rows[:CLASS_ROWS]
 
 
 def data_facts(data: Data, source: str) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,8 @@ Probabilities = NDArray[np.float32]
 ROWS_AT_A_TIME = 8192  # of (N, K) arrays that are made on the way
 
 
-class Pair(NamedTuple):
+@dataclass(frozen=True)
+class Pair:
     """Images of one class that are taken for another.
 
     Attributes:
@@ -110,7 +112,8 @@ def worst_mistakes(probabilities: Probabilities, labels: Indices, limit: int) ->
     return wrong[order][:limit]
 
 
-class LabelErrors(NamedTuple):
+@dataclass(frozen=True)
+class LabelErrors:
     """Images whose label is likely wrong, the likeliest first.
 
     Attributes:

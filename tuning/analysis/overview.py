@@ -11,7 +11,7 @@ from torchmetrics.functional.classification import binary_average_precision, bin
 
 from tuning.analysis import mistakes
 from tuning.analysis.mistakes import Indices, Pair, PerClass, Probabilities
-from tuning.data.sources import Data, image_name
+from tuning.data.sources import Data
 from tuning.pages import thumbnail
 
 PAIRS, CASES = 20, 24  # shown of confused pairs, of worst mistakes and of likely label errors
@@ -24,10 +24,10 @@ class Case:
     """One image that the model and its label disagree about.
 
     Attributes:
-        name: its path, or its row where it has none.
+        name: its path below the data folder, or its row where it has none.
         row: of the evaluation data.
         label, predicted, suggested: indices of classes; *suggested* is *predicted* for a mistake.
-        own, top: probabilities of the label and of the predicted class.
+        own, top, of_suggested: probabilities of the label, of the predicted class, of the suggested one.
         picture: JPEG; None where it can't be read any more.
     """
 
@@ -38,6 +38,7 @@ class Case:
     suggested: int
     own: float
     top: float
+    of_suggested: float
     picture: bytes | None
 
 
@@ -80,13 +81,14 @@ class Overview:
     curves: tuple[Curve, ...]
 
 
-def look_at(probabilities: Probabilities, labels: Indices, rows: Indices, data: Data) -> Overview:
+def look_at(probabilities: Probabilities, labels: Indices, rows: Indices, names: Sequence[str], data: Data) -> Overview:
     """Analyse the predictions for images of ``data.eval``.
 
     Args:
         probabilities: ``(N, K)`` float32.
         labels: ``(N,)``.
         rows: of ``data.eval``, ``(N,)``.
+        names: of the images, N of them.
     """
     predicted = probabilities.argmax(axis=1)
     counts = mistakes.per_class(labels, predicted, len(data.classes))
@@ -96,10 +98,10 @@ def look_at(probabilities: Probabilities, labels: Indices, rows: Indices, data: 
 
     def case(index: int, suggested: int | None = None) -> Case:
         row, label, taken = int(rows[index]), int(labels[index]), int(predicted[index])
-        example = data.eval[row]
-        own, top = float(probabilities[index, label]), float(probabilities[index, taken])
         suggested = taken if suggested is None else suggested
-        return Case(image_name(example, row), row, label, taken, suggested, own, top, thumbnail(example))
+        own, top, rather = probabilities[index, [label, taken, suggested]].tolist()
+        picture = thumbnail(data.eval[row])
+        return Case(names[index], row, label, taken, suggested, own, top, rather, picture)
 
     suspects = zip(found.index[:CASES].tolist(), found.suggested[:CASES].tolist(), strict=True)
     return Overview(
