@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from tuning.errors import UserError
 
-FILE = "predictions.parquet"
 ROWS_IN_A_GROUP = 16_384
 _CLASSES = b"classes"
 

@@ -18,7 +18,7 @@ from tuning.data.broken import Unreadable
 from tuning.data.sources import Data
 from tuning.feeds import judging_feed
 from tuning.interrupts import StopRequested
-from tuning.kept_predictions import FILE, write
+from tuning.kept_predictions import write
 from tuning.model_names import LOCAL, look_up
 from tuning.models import ModelInfo
 from tuning.predicting import Predictions, stream
@@ -62,9 +62,7 @@ def look_back(
     """
     try:
         size = load_best(accelerator, model, folder)
-        feed = judging_feed(
-            accelerator, data.eval, size, replace(info, input_size=size), workers, Unreadable(data.folder)
-        )
+        feed = judging_feed(accelerator, data.eval, size, info, workers, Unreadable(data.folder))
         pieces = watch(stream(accelerator, model.eval(), feed, BATCHES), "the analysis of its mistakes")
         kept = [piece for piece in pieces if accelerator.is_main_process]
         return LastLook(_analysed(kept, folder, data)) if accelerator.is_main_process else LastLook()
@@ -104,12 +102,11 @@ def load_best(accelerator: Accelerator, model: nn.Module, folder: RunFolder) -> 
 
 def _analysed(pieces: list[Predictions], folder: RunFolder, data: Data) -> Overview:
     """Write the predictions, and look at them; on rank 0."""
-    logits, labels, rows = (
-        torch.cat([getattr(piece, name) for piece in pieces]) for name in ("logits", "labels", "rows")
-    )
+    logits = torch.cat([piece.logits for piece in pieces])
+    labels, rows = (torch.cat([getattr(piece, name) for piece in pieces]).numpy() for name in ("labels", "rows"))
     if not len(rows):
         raise ValueError(f"none of the {len(data.eval)} evaluation pictures could be read")
     probabilities = logits.softmax(dim=1).numpy()
     ids = fingerprint.names(data.eval, data.folder).take(rows)
-    write(folder.path / FILE, ids, labels, probabilities, data.classes)
+    write(folder.predictions, ids, labels, probabilities, data.classes)
     return look_at(probabilities, labels, rows, ids.to_pylist(), data)
