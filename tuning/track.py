@@ -157,8 +157,9 @@ class Curves:
             import wandb
 
             pictures = {f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted(plots.glob("*.png"))}
-            self._tracker.run.log(pictures | {chart.name: _drawn(chart) for chart in charts})
+            self._tracker.run.log(pictures)
             self._tracker.run.summary.update(_flat(summary))
+            _log_charts(self._tracker.run, charts)
 
     def _speed(self, images: int) -> float:
         now = time.perf_counter()
@@ -167,12 +168,19 @@ class Curves:
         return images / seconds
 
 
+def _log_charts(run: Any, charts: Sequence[Chart]) -> None:
+    try:
+        run.log({chart.name: _drawn(chart) for chart in charts})
+    except Exception as error:  # their pictures go through a folder of W&B's own; the run is complete without them
+        print(f"warning: W&B lacks the error analysis: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+
 def _drawn(chart: Chart) -> Any:
     """The table for W&B, its pictures included, or the chart of it."""
     import wandb
 
     def cell(value: Any) -> Any:
-        return wandb.Image(Image.open(io.BytesIO(value))) if isinstance(value, bytes) else value
+        return wandb.Image(Image.open(io.BytesIO(value)), file_type="jpg") if isinstance(value, bytes) else value
 
     table = wandb.Table(columns=list(chart.columns), data=[[cell(value) for value in row] for row in chart.rows])
     if not chart.drawn_as:
@@ -250,6 +258,7 @@ def tracker_id(accelerator: Accelerator, tracker: GeneralTracker | None) -> str 
 
 def _wandb_settings(folder: RunFolder, run_name: str | None, run_id: str | None) -> dict[str, Any]:
     os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_DATA_DIR", str(folder.path.resolve() / "wandb"))  # pictures of tables, until uploaded
     offline = "WANDB_MODE" not in os.environ and not _logged_in()
     return {
         "dir": str(folder.path),

@@ -39,8 +39,10 @@ def charts(overview: Overview | None) -> list[Chart]:
         _cases("analysis/mistakes", overview.worst, names, "predicted"),
         _cases("analysis/label_errors", overview.suspects, names, "suggested"),
         Chart("analysis/confused_pairs", ("label", "predicted", "images", "share of the label"), pairs),
+        *([_confusion(overview)] if overview.drawn else []),
+        _precision_recall(overview),
     ]
-    return [*(table for table in tables if table.rows), _confusion(overview), _precision_recall(overview)]
+    return [table for table in tables if table.rows]
 
 
 def _cases(name: str, cases: Sequence[Case], classes: Sequence[str], second: str) -> Chart:
@@ -64,7 +66,12 @@ def _confusion(overview: Overview) -> Chart:
     matrix = overview.confusion.tolist()
     if len(names) < len(overview.classes):
         names.append("all others")
-    rows = [[actual, taken, matrix[i][j]] for i, actual in enumerate(names) for j, taken in enumerate(names)]
+    rows = [
+        [actual, taken, matrix[i][j]]
+        for i, actual in enumerate(names)
+        for j, taken in enumerate(names)
+        if overview.drawn
+    ]
     columns = ("Actual", "Predicted", "nPredictions")
     fields = {name: name for name in columns}
     return Chart("analysis/confusion", columns, rows, "wandb/confusion_matrix/v1", fields, "Confusion matrix")

@@ -37,7 +37,13 @@ def short(name: str, length: int = LONGEST_NAME) -> str:
 
 
 def draw_confusion(overview: Overview, path: Path) -> None:
-    """Rows: labels, columns: predictions; the colour is the share of the row, the number counts images."""
+    """Rows: labels, columns: predictions; the colour is the share of the row, the number counts images.
+
+    None where no pair of many classes was confused.
+    """
+    if not overview.drawn:
+        path.unlink(missing_ok=True)
+        return
     names = [short(overview.classes[index]) for index in overview.drawn]
     matrix, others = overview.confusion, len(overview.classes) - len(names)
     if others:
@@ -68,7 +74,10 @@ def _write_counts(axes: Any, matrix: Any, shares: Any) -> None:
 
 
 def draw_precision_recall(overview: Overview, path: Path) -> None:
-    """One curve a class, with its average precision."""
+    """One curve a class, with its average precision; none where all images belong to one class."""
+    if not overview.curves:
+        path.unlink(missing_ok=True)
+        return
     figure, axes = plt.subplots(figsize=(6, 4.6), layout="constrained")
     for one in overview.curves:
         label = f"{short(overview.classes[one.index])}  {one.area:.3f}".replace("$", r"\$")
@@ -77,8 +86,7 @@ def draw_precision_recall(overview: Overview, path: Path) -> None:
     title = f"the {len(overview.curves)} classes with the most mistakes" if part else ""
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.02), title=title)
     axes.grid(alpha=0.3)
-    if overview.curves:
-        axes.legend(fontsize=8, title="average precision", title_fontsize=8)
+    axes.legend(fontsize=8, title="average precision", title_fontsize=8)
     plots.save(figure, path)
 
 

@@ -18,7 +18,7 @@ from tuning.records import number, read_records
 from tuning.run_folder import CONFIG, RunFolder, write_atomically
 from tuning.summary import evaluations
 
-EVALUATION_ROWS, NAME_LENGTH, CONFIG_LENGTH = 24, 80, 50_000
+EVALUATION_ROWS, NAME_LENGTH, CAPTION_LENGTH, CONFIG_LENGTH = 24, 80, 40, 50_000
 PLOTS = {
     "curves": "loss, metrics, gradient norm and learning rates over the optimizer steps",
     "confusion": "confusion matrix: labels in rows, predictions in columns",
@@ -145,34 +145,34 @@ def _evaluations(folder: RunFolder, summary: Mapping[str, Any]) -> dict[str, Any
         ]
         for one in judged[-EVALUATION_ROWS:]
     ]
-    whose = "the averaged weights" if summary["best_of"] == "eval_ema" else "the weights"
-    note = f"Of {whose}, on the same images that chose the best: a little too good for it."
+    whose = "averaged weights" if summary["best_of"] == "eval_ema" else "weights"
+    note = f"Of the {whose}. The same images chose which are the best, which flatters those a little."
     if len(judged) > EVALUATION_ROWS:
         note = f"The last {EVALUATION_ROWS} of {len(judged):,}; all are in metrics.jsonl. {note}"
     return {"headings": ["epoch", "step", *(n.replace("_", " ") for n in names)], "rows": rows, "note": note}
 
 
 def _analysis(overview: Overview) -> dict[str, Any]:
-    names = [_cut(name) for name in overview.classes]
+    names = overview.classes
 
     def case(one: Case, other: int, probability: float) -> dict[str, Any]:
-        tag, told = image_tag(one.picture), _cut(one.name)
         return {
-            "picture": tag,
-            "label": names[one.label],
+            "picture": image_tag(one.picture),
+            "label": _cut(names[one.label], CAPTION_LENGTH),
             "own": one.own,
-            "other": names[other],
+            "other": _cut(names[other], CAPTION_LENGTH),
             "probability": probability,
-            "name": told,
+            "name": _cut(one.name, CAPTION_LENGTH),
         }
 
     pairs = [
-        {"label": names[p.actual], "other": names[p.predicted], "count": p.count, "share": p.share}
+        {"label": _cut(names[p.actual]), "other": _cut(names[p.predicted]), "count": p.count, "share": p.share}
         for p in overview.pairs
     ]
     return {
         "sentence": f"{overview.wrong:,} of {overview.images:,} evaluation images are classified otherwise than their "
         "label says, by the weights in model/.",
+        "drawn": len(overview.drawn),
         "pairs": pairs,
         "more_pairs": overview.pair_count - len(pairs),
         "worst": [case(one, one.predicted, one.top) for one in overview.worst],
