@@ -19,11 +19,24 @@ from tuning.coerce import coerce, field_types, read_yaml, shown
 from tuning.echoes import RESUME, ProcessLost, first_error
 from tuning.errors import UserError, did_you_mean
 from tuning.flags import Flags
+from tuning.run_defaults import OPENING, data_of_run
 from tuning.sizes import scaled_lr
 from tuning.stages import Stage, check_stage, read_stages, standard_stages
 
 # Where a run goes and whether it runs is not part of what it is: config.yaml leaves these out.
-NOT_IN_CONFIG = ("output", "run_name", "resume", "stop_after", "dry_run", "preset", "config", "print_config")
+NOT_IN_CONFIG = (
+    "run",
+    "ensemble",
+    "images",
+    "output",
+    "run_name",
+    "resume",
+    "stop_after",
+    "dry_run",
+    "preset",
+    "config",
+    "print_config",
+)
 COMMAND_LINE_ONLY = ("preset", "config", "print_config")
 DEMO_PRESET = "demo"
 DEFAULT_LR = 3e-4  # of --lr auto without a confident answer
@@ -152,7 +165,7 @@ def parse_command(argv: Sequence[str], name: str, description: str, presets: Pat
         UserError: a value, a key or a combination that can't work.
         SystemExit: 2 on a malformed command line, 0 on ``--help``; the message has been printed.
     """
-    values, listed, where = _read_file(argv, presets)
+    values, listed, where = _read_file(argv, presets, name)
     default = _with_values(Flags(), values, where)
     flags = _typed_decay_wins(_parse(argv, name, description, default), default)
     check_flags(flags)
@@ -185,10 +198,13 @@ def _parse(argv: Sequence[str], name: str, description: str, default: Flags) -> 
     )
 
 
-def _read_file(argv: Sequence[str], presets: Path) -> tuple[dict[str, Any], list[Any] | None, str]:
-    """The YAML file that supplies defaults: --config, --preset, or for the demo without either its own preset."""
+def _read_file(argv: Sequence[str], presets: Path, recipe: str) -> tuple[dict[str, Any], list[Any] | None, str]:
+    """The YAML file that supplies defaults: --config, --preset, or for the demo without either its own preset.
+
+    Recipes that open a run take its data flags.
+    """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--config", "--preset", "--data"):
+    for flag in ("--config", "--preset", "--data", "--run"):
         early.add_argument(flag)
     try:
         given, _ = early.parse_known_args(list(argv))
@@ -200,6 +216,9 @@ def _read_file(argv: Sequence[str], presets: Path) -> tuple[dict[str, Any], list
         return _load_yaml(Path(given.config), "--config")
     if given.preset:
         return _load_yaml(_preset_path(given.preset, presets), "--preset")
+    if recipe in OPENING:
+        values, where = data_of_run(Path(given.run), given.data) if given.run else ({}, "")
+        return values, None, where
     if given.data in (None, "demo"):
         return _load_yaml(presets / f"{DEMO_PRESET}.yaml", "--preset")
     return {}, None, ""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from tuning import manifest
@@ -15,6 +16,7 @@ from tuning.coerce import as_key, read_yaml
 from tuning.errors import UserError
 from tuning.model_names import LOCAL, look_up
 from tuning.models import ModelInfo, build
+from tuning.run_defaults import run_of
 from tuning.run_folder import CONFIG, RunFolder
 from tuning.summary import is_done
 
@@ -33,6 +35,7 @@ class Finished:
         run: folder of the run it came from, where it came from one.
         config: flags of that run; empty without one.
         temperature: to divide the logits by before the softmax; 1 where none was stored with the model.
+        fitted_on: the images that a stored temperature was fitted on.
     """
 
     model: nn.Module
@@ -41,14 +44,17 @@ class Finished:
     run: Path | None
     config: Mapping[str, Any]
     temperature: float
+    fitted_on: str = ""
 
 
-def open_finished(run: str) -> Finished:
+def open_finished(run: str, image_size: int | None = None, crop_pct: float | None = None) -> Finished:
     """Open what ``--run`` names.
 
     Args:
         run: the folder of a finished run (its ``model/`` is taken), a checkpoint of one (its averaged weights where it
             has some), or a folder that ``timm.create_model("local-dir:...", pretrained=True)`` loads.
+        image_size: pixels, in place of the model's own.
+        crop_pct: in place of the model's own.
 
     Raises:
         UserError: none of these; a run that is not finished or kept no model; a model without names of its classes.
@@ -59,16 +65,53 @@ def open_finished(run: str) -> Finished:
     if not folder.is_dir():
         raise UserError(f"--run {run}: there is no such folder.")
     if folder.resolve().parent.name == "checkpoints" and folder.resolve().name.startswith("step-"):
-        return _open_checkpoint(folder)
+        return _open_checkpoint(folder, image_size, crop_pct)
     if (folder / CONFIG).exists():
         _refuse_unfinished(folder)
-        return _open_model(folder / "model", folder)
+        return _open_model(folder / "model", folder, image_size, crop_pct)
     if (folder / TIMM_CONFIG).exists():
-        above = folder.resolve().parent
-        return _open_model(folder, above if (above / CONFIG).exists() else None)
+        return _open_model(folder, run_of(folder), image_size, crop_pct)
     raise UserError(
         f"--run {run} is neither a run (no {CONFIG}), nor a checkpoint of one, nor a timm folder (no {TIMM_CONFIG})."
     )
+
+
+def open_named(
+    name: str, weights: str, classes: Sequence[str] | None, image_size: int | None, crop_pct: float | None
+) -> Finished:
+    """Open any timm model with weights that classify already.
+
+    Its classes are those of ``local-dir:PATH``, or ImageNet's (WordNet ids, as its folders are called); with a weight
+    file, or another number of outputs, those of the data in their order.
+
+    Args:
+        name, weights: ``--model`` and ``--weights``.
+        classes: of the data; None where it has none.
+
+    Raises:
+        UserError: from `build`; weights that don't come with a head for these classes, or without their names.
+    """
+    if name.startswith(LOCAL):
+        return open_finished(name.removeprefix(LOCAL), image_size, crop_pct)
+    if weights == "none":
+        raise UserError("--weights none: there is nothing to judge in random weights. Give --weights or --run.")
+    own = int(look_up(name)[1].get("num_classes") or 0) if weights == "pretrained" else 0
+    subset = infer_imagenet_subset({"num_classes": own}) if own else None
+    if subset:
+        known = ImageNetInfo(subset)
+        classes = [known.index_to_label_name(number) for number in range(own)]
+    if classes is None:
+        raise UserError(
+            f"--model {name} --weights {weights}: the names of its classes are not known. Give --run a timm folder whose "
+            f'{TIMM_CONFIG} has them as "label_names".'
+        )
+    model, info = build(name, classes=classes, weights=weights, image_size=image_size, crop_pct=crop_pct)
+    if "with a new head of" in info.weights:
+        raise UserError(
+            f"--model {name}: {info.weights} would be judged, because they come without a head for these "
+            f"{len(classes)} classes. Fine-tune it first, and give the run as --run."
+        )
+    return Finished(model.eval(), info, tuple(classes), None, {}, 1.0)
 
 
 def _refuse_unfinished(run: Path) -> None:
@@ -85,16 +128,17 @@ def _refuse_unfinished(run: Path) -> None:
         )
 
 
-def _open_model(folder: Path, run: Path | None) -> Finished:
+def _open_model(folder: Path, run: Path | None, image_size: int | None, crop_pct: float | None) -> Finished:
     """A timm folder; *run* is that of the flags, where there is one."""
     content = _read_config(folder)
     classes = _class_names(folder, content)
-    model, info = build(f"{LOCAL}{folder}", classes=classes)
+    model, info = build(f"{LOCAL}{folder}", classes=classes, image_size=image_size, crop_pct=crop_pct)
     config = read_yaml(run / CONFIG, str(run / CONFIG)) if run else {}
-    return Finished(model.eval(), info, classes, run, config, _temperature(folder, content))
+    temperature, fitted_on = _temperature(folder, content)
+    return Finished(model.eval(), info, classes, run, config, temperature, fitted_on)
 
 
-def _open_checkpoint(folder: Path) -> Finished:
+def _open_checkpoint(folder: Path, image_size: int | None, crop_pct: float | None) -> Finished:
     """Weights of a checkpoint, in the model that its run describes; without a stored temperature."""
     run = folder.resolve().parent.parent
     found = manifest.read(folder)
@@ -107,8 +151,9 @@ def _open_checkpoint(folder: Path) -> Finished:
     classes = _class_names(run / "model", _read_config(run / "model"))
     averaged = (folder / manifest.EMA).exists()
     file = folder / (manifest.EMA if averaged else manifest.WEIGHTS)
-    model, info = build(f"{LOCAL}{run / 'model'}", classes=classes, weights=str(file))
-    size = _size_of_stage(config, found.progress.stage) or info.input_size
+    name = f"{LOCAL}{run / 'model'}"
+    model, info = build(name, classes=classes, weights=str(file), image_size=image_size, crop_pct=crop_pct)
+    size = image_size or _size_of_stage(config, found.progress.stage) or info.input_size
     said = f"the {'averaged weights (EMA)' if averaged else 'weights'} of {folder}"
     return Finished(model.eval(), replace(info, weights=said, input_size=size), classes, run, config, 1.0)
 
@@ -152,11 +197,11 @@ def _class_names(folder: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _temperature(folder: Path, content: Mapping[str, Any]) -> float:
+def _temperature(folder: Path, content: Mapping[str, Any]) -> tuple[float, str]:
     stored = content.get(CALIBRATION)
     if stored is None:
-        return 1.0
+        return 1.0, ""
     value = stored.get("temperature") if isinstance(stored, dict) else None
     if not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise UserError(f"{folder / TIMM_CONFIG}: the temperature in {CALIBRATION!r} is {value!r}, not above 0.")
-    return float(value)
+    return float(value), str(stored.get("fitted_on", ""))

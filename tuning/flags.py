@@ -245,6 +245,36 @@ class CheckFlags:
 
 
 @dataclass(frozen=True)
+class OpenedFlags:
+    run: str | None = None
+    """What was trained, for recipes/evaluate.py, predict.py and export.py: the folder of a run, one of its checkpoints,
+    or a folder in timm's format. Default: --model with its --weights."""
+
+
+@dataclass(frozen=True)
+class EvaluateFlags:
+    calibrate: bool = False
+    """recipes/evaluate.py fits a temperature (Guo et al. 2017) on the evaluation pictures of the run and stores it with
+    the model."""
+    tta: Literal["none", "flip", "flips", "dihedral"] = "none"
+    """Views of a picture over which recipes/evaluate.py averages probabilities: flip = and its mirror image; flips =
+    both axes, four views; dihedral = and turned by 90 degrees, eight views."""
+    ensemble: tuple[str, ...] = ()
+    """More runs, checkpoints or timm folders: recipes/evaluate.py judges each, the mean of their probabilities together
+    with --run, and their averaged weights where the architectures agree."""
+    bootstrap: int = 1000
+    """Resamples behind the 95 % intervals of recipes/evaluate.py; 0 = no intervals."""
+
+
+@dataclass(frozen=True)
+class PredictFlags:
+    images: tuple[str, ...] = ()
+    """Pictures for recipes/predict.py: files, folders (searched to the bottom) and quoted globs."""
+    top_k: int = 1
+    """Classes a picture in the output of recipes/predict.py, most probable first."""
+
+
+@dataclass(frozen=True)
 class FinderFlags:
     finder_start: float | None = None
     """Lowest learning rate of the head that the LR finder tries. Default: 1e-6; SGD 1e-5, Lion 1e-7."""
@@ -282,3 +312,6 @@ class Flags:
     check: CheckFlags = field(default_factory=CheckFlags)
     run: RunFlags = field(default_factory=RunFlags)
     finder: FinderFlags = field(default_factory=FinderFlags)
+    opened: OpenedFlags = field(default_factory=OpenedFlags)
+    evaluate: EvaluateFlags = field(default_factory=EvaluateFlags)
+    predict: PredictFlags = field(default_factory=PredictFlags)

@@ -38,13 +38,17 @@ class Kept:
 def write(
     path: Path,
     ids: pa.Array,
+    rows: NDArray[np.int64],
     labels: NDArray[np.int64],
     probabilities: NDArray[np.float32],
     classes: Sequence[str],
 ) -> None:
-    """Write the columns ``id``, ``label`` and ``predicted`` (names of classes), and ``probabilities`` in their order.
+    """Write ``id``, ``row``, ``label`` and ``predicted`` (names), and ``probabilities`` in the order of *classes*.
 
-    The file is replaced as a whole.
+    These are the columns of recipes/evaluate.py, too. The file is replaced as a whole.
+
+    Args:
+        rows: of the evaluation data, ``(N,)``.
     """
     names = pa.array(classes, pa.string())
 
@@ -54,11 +58,13 @@ def write(
     values = pa.FixedSizeListArray.from_arrays(pa.array(probabilities.reshape(-1)), len(classes))
     columns = {
         "id": ids,
+        "row": pa.array(rows, pa.int64()),
         "label": named(labels),
         "predicted": named(probabilities.argmax(axis=1)),
         "probabilities": values,
     }
-    table = pa.table(columns).replace_schema_metadata({_CLASSES: json.dumps(list(classes)).encode()})
+    about = {_CLASSES: json.dumps(list(classes)).encode(), b"temperature": b"1.0"}
+    table = pa.table(columns).replace_schema_metadata(about)
     aside = path.with_name(f".{path.name}.partial")
     try:
         pq.write_table(table, aside, compression="zstd", row_group_size=ROWS_IN_A_GROUP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +20,15 @@ from tuning.gathering import gathered
 from tuning.models import ModelInfo
 from tuning.out_of_memory import InParts
 
+GPU_BATCH = 256
 BATCHES = 32  # of every process between two exchanges: what is kept on a device meanwhile
+
+
+def judging_batch(asked: int | Literal["auto"], device: torch.device) -> int:
+    """Pictures per forward pass per process: ``--micro-batch``, or what keeps the device busy."""
+    if asked != "auto":
+        return asked
+    return EVAL_BATCH if device.type == "cpu" else GPU_BATCH
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,8 @@ def predict_all(
     workers: int,
     folder: str | None = None,
     batch_size: int = EVAL_BATCH,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Predictions:
     """Logits of all *rows*, with the evaluation crop of *info*. All processes take part.
 
@@ -55,13 +66,18 @@ def predict_all(
         model: the raw model on the accelerator's device; left in evaluation mode.
         folder: that all pictures lie in; None where they are no files of their own.
         batch_size: pictures per forward pass per process.
+        forward: called in place of *model*, ``(B, 3, S, S) -> (B, K)``; one that calls it more than once, for example.
+        progress: told now and then how many rows are done.
 
     Raises:
         UserError: not one picture could be read.
     """
     model.eval()
     feed = judging_feed(accelerator, rows, info.input_size, info, workers, Unreadable(folder), batch_size)
-    parts = list(stream(accelerator, model, feed, BATCHES))
+    parts: list[Predictions] = []
+    for part in stream(accelerator, forward or model, feed, BATCHES):
+        parts.append(part)
+        progress(sum(len(p.rows) + len(p.unreadable) for p in parts))
     logits, labels, index = (torch.cat([getattr(p, name) for p in parts]) for name in ("logits", "labels", "rows"))
     unreadable = tuple(broken for part in parts for broken in part.unreadable)
     if not len(index):

@@ -15,6 +15,7 @@ LAYER_0 = ("errors", "coerce", "flags", "stages", "progress", "schedules", "size
 LAYER_0 += ("run_folder", "summary", "data.sampling", "data.splits", "records", "interrupts", "checks")
 LAYER_0 += ("launcher", "heartbeat", "echoes", "preflight.findings", "lr_curve", "lr_race", "manifest")
 LAYER_0 += ("kept_predictions", "analysis.mistakes")
+LAYER_0 += ("run_defaults",)
 LAYER_2 = ("agreement", "session", "entering", "engine", "feeds", "features", "evaluation", "checkpoint")
 LAYER_2 += ("track", "console", "head_fit", "saving", "stopping", "numerical_faults", "tracker_history")
 LAYER_2 += ("out_of_memory",)

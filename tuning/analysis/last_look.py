@@ -108,5 +108,5 @@ def _analysed(pieces: list[Predictions], folder: RunFolder, data: Data) -> Overv
         raise ValueError(f"none of the {len(data.eval)} evaluation pictures could be read")
     probabilities = logits.softmax(dim=1).numpy()
     ids = fingerprint.names(data.eval, data.folder).take(rows)
-    write(folder.predictions, ids, labels, probabilities, data.classes)
+    write(folder.predictions, ids, rows, labels, probabilities, data.classes)
     return look_at(probabilities, labels, rows, ids.to_pylist(), data)
