@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from tuning import plots
+from tuning import figures
 from tuning.analysis.overview import Case, Overview
 
 LONGEST_NAME = 24  # characters of a class on an axis
@@ -63,7 +63,7 @@ def draw_confusion(overview: Overview, path: Path) -> None:
     if len(names) <= ANNOTATED:
         _write_counts(axes, matrix, shares)
     figure.colorbar(image, ax=axes, label="share of the label's images", shrink=0.8)
-    plots.save(figure, path)
+    figures.save(figure, path)
 
 
 def _write_counts(axes: Any, matrix: Any, shares: Any) -> None:
@@ -87,7 +87,7 @@ def draw_precision_recall(overview: Overview, path: Path) -> None:
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.02), title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, title="average precision", title_fontsize=8)
-    plots.save(figure, path)
+    figures.save(figure, path)
 
 
 def draw_cases(cases: Sequence[Case], classes: Sequence[str], path: Path) -> None:
@@ -106,4 +106,4 @@ def draw_cases(cases: Sequence[Case], classes: Sequence[str], path: Path) -> Non
         told = f"{classes[case.label]}\ntaken for {short(classes[case.predicted], CAPTION)} {case.top:.0%}"
         lines = [textwrap.shorten(line, 2 * CAPTION, placeholder="…") for line in told.split("\n")]
         axes.set_title("\n".join(lines), fontsize=7, parse_math=False)
-    plots.save(figure, path)
+    figures.save(figure, path)
