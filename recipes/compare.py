@@ -30,7 +30,7 @@ def compare(asked: Asked) -> None:
     # The command line is known to be right by now; only here numpy and the rest are imported.
     from rich.console import Console
 
-    from tuning.comparison.report import PICTURE, group_table, match_table, notes, run_table, write
+    from tuning.comparison.report import LOG_WIDTH, PICTURE, group_table, match_table, notes, run_table, write
     from tuning.comparison.runs import groups, matches, read_runs
     from tuning.outputs import refuse_used_folder
 
@@ -45,6 +45,8 @@ def compare(asked: Asked) -> None:
 
     # 3. For a person, and for programs.
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
     for table in (group_table(found), run_table(found), *([match_table(found, matched)] if matched else [])):
         console.print(table)
         console.print()

@@ -20,6 +20,7 @@ from tuning.run_folder import write_atomically
 
 COMPARISON, PICTURE = "comparison.json", "comparison.png"
 WORDS = {"balanced_accuracy": "balanced accuracy", "top1": "top 1", "loss": "loss"}
+LOG_WIDTH = 140  # of tables in a log file, characters
 LONGEST_NAME, LETTERS = 48, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -32,7 +33,7 @@ def group_table(found: Sequence[Group]) -> Table:
     """One row a group: mean and spread over its seeds."""
     table = _table("Runs whose flags differ in the seed alone: mean ± standard deviation over seeds")
     for heading in ("", "flags", "seeds", *WORDS.values()):
-        table.add_column(heading, justify="right" if heading in WORDS.values() else "left")
+        table.add_column(heading, justify="right" if heading in WORDS.values() else "left", overflow="fold")
     for number, group in enumerate(found):
         seeds = ", ".join(str(run.seed) for run in group.runs)
         table.add_row(letter(number), escape(group.name), seeds, *(_mean(group, metric) for metric in METRICS))
