@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from recipe_runs import Finished, Run, finetune_here, run_forked
 
 from tuning import kept_predictions, predicting
 from tuning.analysis import report
+from tuning.comparison.runs import groups, judged_alike, read_runs
 
 SMALL = ("--model", "test_vit", "--weights", "none", "--image-size", "32", "--batch-size", "8", "--workers", "0")
 SHORT = ("--freeze-epochs", "0", "--epochs", "1", "--log-every", "3")
@@ -120,18 +121,20 @@ def test_the_report_in_a_browser(finished: Path, page: Any, tmp_path: Path) -> N
     assert page.locator("#data b").count() == 0
 
 
-def test_two_processes_leave_the_same_analysis(nasty: Path, tmp_path: Path) -> None:
+def test_two_processes_leave_the_same_analysis(finished: Path, nasty: Path, tmp_path: Path) -> None:
     flags = ("--data", str(nasty), *SMALL, *SHORT, "--tracker", "none", "--output")
-    assert run_ranks(1, finetune_here, *flags, str(tmp_path / "one")) == [0]
     assert run_ranks(2, finetune_here, *flags, str(tmp_path / "two")) == [0, 0]
     assert json.loads((tmp_path / "two/summary.json").read_text())["world_size"] == 2
-    one, two = (kept_predictions.read(tmp_path / name / "predictions.parquet") for name in ("one", "two"))
+    one, two = (kept_predictions.read(folder / "predictions.parquet") for folder in (finished, tmp_path / "two"))
     assert one.ids == two.ids
     assert len(set(one.ids)) == 18
     assert np.allclose(one.probabilities, two.probabilities, atol=1e-4)
     page = (tmp_path / "two/report.html").read_text(encoding="utf-8")
     assert "--multi_gpu --num_processes 2" in page
     assert "Worst mistakes" in page
+    (group,) = groups(read_runs([str(finished), str(tmp_path / "two")]))
+    assert judged_alike(group)
+    assert group.runs[1].metrics["top1"] == pytest.approx(group.runs[0].metrics["top1"])
 
 
 def fail_on(rank: int, *flags: str) -> int:
@@ -156,47 +159,62 @@ def test_a_failure_on_one_process_fails_no_run(nasty: Path, tmp_path: Path, rank
     assert "Worst mistakes" not in page
 
 
-def test_a_run_without_its_report_gets_it_later(
-    nasty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finetune: Run
-) -> None:
-    """Asked to stop in its analysis; then a page that can't be made; then complete: the run is done all the while."""
-    flags = ("--data", str(nasty), *SMALL, *SHORT, "--output", "run", "--tracker", "none")
+def ended(done: Finished, run: Path, has_report: bool) -> str:
+    """What a run said that is done whatever became of its report."""
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "summary.json").read_text())["status"] == "done"
+    assert (run / "report.html").exists() == has_report
+    return done.stdout + done.stderr
+
+
+def ending_by(number: signal.Signals) -> Callable[..., Any]:
+    """The first exchange of an evaluation, at which this process gets a signal."""
     whole = predicting._piece
 
     def signalled(*args: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return whole(*args)
 
-    def broken(*args: Any) -> None:
-        raise ZeroDivisionError("planted")
+    return signalled
 
-    def ended(done: Finished, has_report: bool) -> str:
-        assert done.returncode == 0, done.stderr
-        assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "done"
-        assert (tmp_path / "run/report.html").exists() == has_report
-        return done.stdout + done.stderr
 
+def test_a_run_without_its_report_gets_it_later(
+    nasty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finetune: Run
+) -> None:
+    """Killed in its analysis; then a page that can't be made; then complete: the run is done all the while."""
+    flags, run = ("--data", str(nasty), *SMALL, *SHORT, "--output", "run", "--tracker", "none"), tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(predicting, "_piece", signalled)
-        told = ended(finetune(*flags), has_report=False)
-    assert "SIGTERM, in the analysis of its mistakes: report.html is left out" in told
-    before = (tmp_path / "run/metrics.jsonl").read_text()
+        patched.setattr(predicting, "_piece", ending_by(signal.SIGKILL))
+        assert finetune(*flags).returncode == -signal.SIGKILL
+    assert json.loads((run / "summary.json").read_text())["status"] == "done"
+    assert not (run / "report.html").exists()
+    before = (run / "metrics.jsonl").read_text()
     with monkeypatch.context() as patched:
-        patched.setattr(report, "page", broken)
-        told = ended(finetune(*flags, "--resume", "auto"), has_report=False)
-    assert "report.html could not be made: ZeroDivisionError: planted" in told
-    ended(finetune(*flags, "--resume", "auto"), has_report=True)
-    assert (tmp_path / "run/metrics.jsonl").read_text() == before
-    assert "Nothing left to do" in ended(finetune(*flags, "--resume", "auto"), has_report=True)
+        patched.setattr(report, "page", lambda *args: 1 / 0)
+        told = ended(finetune(*flags, "--resume", "auto"), run, has_report=False)
+    assert "report.html could not be made: ZeroDivisionError" in told
+    ended(finetune(*flags, "--resume", "auto"), run, has_report=True)
+    assert (run / "metrics.jsonl").read_text() == before
+    assert "Nothing left to do" in ended(finetune(*flags, "--resume", "auto"), run, has_report=True)
 
 
 @pytest.mark.slow
-def test_an_earlier_report_does_not_pass_for_that_of_a_longer_run(nasty: Path, tmp_path: Path, finetune: Run) -> None:
-    flags = ("--data", str(nasty), *SMALL, *SHORT, "--output", "run", "--tracker", "none")
-    assert finetune(*flags, "--max-steps", "2").returncode == 0
-    earlier = (tmp_path / "run/report.html").read_text()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(report, "page", lambda *args: 1 / 0)
-        assert finetune(*flags, "--resume", "auto").returncode == 0
-    assert not (tmp_path / "run/report.html").exists()
-    assert earlier
+def test_a_wish_to_stop_ends_the_analysis_not_the_run(
+    nasty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finetune: Run
+) -> None:
+    flags, run = ("--data", str(nasty), *SMALL, *SHORT, "--output", "run", "--tracker", "none"), tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(predicting, "_piece", ending_by(signal.SIGTERM))
+        told = ended(finetune(*flags), run, has_report=False)
+    assert "SIGTERM, in the analysis of its mistakes: report.html is left out" in told
+    ended(finetune(*flags, "--resume", "auto"), run, has_report=True)
+
+
+@pytest.mark.slow
+def test_an_earlier_report_does_not_pass_for_that_of_a_longer_run(
+    nasty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finetune: Run
+) -> None:
+    flags, run = ("--data", str(nasty), *SMALL, *SHORT, "--output", "run", "--tracker", "none"), tmp_path / "run"
+    ended(finetune(*flags, "--max-steps", "2"), run, has_report=True)
+    monkeypatch.setattr(report, "page", lambda *args: 1 / 0)
+    ended(finetune(*flags, "--resume", "auto"), run, has_report=False)

@@ -130,8 +130,8 @@ def label_errors(probabilities: Probabilities, labels: Indices) -> LabelErrors:
 
     The threshold of class j is the mean of ``p[:, j]`` over the images labelled j. An image counts as class j when
     ``p[j]`` reaches that threshold; of several such classes the most probable one counts. Its label is in doubt when
-    that class is another one. The rank is ``p[label] - max of the others``, lowest first. A class without an image is
-    never suggested.
+    that class is another one and the most probable class of all is, too. The rank is ``p[label] - max of the others``,
+    lowest first. A class without an image is never suggested.
 
     Args:
         probabilities: ``(N, K)``, of a model that has not been trained on these images.
@@ -152,6 +152,6 @@ def label_errors(probabilities: Probabilities, labels: Indices) -> LabelErrors:
         others = probabilities[part].copy()
         others[np.arange(len(others)), labels[part]] = -1.0
         margins[part] = own[part] - others.max(axis=1)
-    doubtful = np.flatnonzero(suggested != labels)
+    doubtful = np.flatnonzero((suggested != labels) & (margins < 0))
     index = doubtful[np.argsort(margins[doubtful], kind="stable")]
     return LabelErrors(index, suggested[index])
