@@ -46,8 +46,8 @@ def evaluate(command: Command) -> None:
     names = [shown_path(Path(path)) for path in (name, *asked.ensemble) if path] or [flags.model.model]
     first, headline = opened[0], MEAN if len(opened) > 1 else names[0]
     refuse_other_classes(names, opened)
-    labels = labels_for(data.eval, data, first.classes)
     place = place_for(Path(name), flags.data) if name and asked.calibrate else None
+    labels = labels_for(data.eval, data, first.classes)
     title, now = f"evaluate-{Path(names[0]).name}", session.same_everywhere(started)
     folder = run_folder.choose(run.output, "never", title, data.name, now).path
     refuse_used_folder(folder)
@@ -117,7 +117,7 @@ def evaluate(command: Command) -> None:
                 f"{calibration['fitted_on']}, the same on which ece_after_temperature is measured here."
             )
         if unreadable:
-            speaker.say(f"warning: {len(unreadable)} pictures could not be read:{shown(map(str, unreadable))}")
+            speaker.say(f"warning: could not be read: {len(unreadable):,}{shown(map(str, unreadable))}")
         speaker.say(f"{rate:.0f} images/s. See {shown_path(folder)}/metrics.json and predictions.parquet.")
     accelerator.end_training()
 

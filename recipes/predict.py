@@ -27,8 +27,8 @@ def predict(command: Command) -> None:
     from tuning.finished import open_finished, open_named
     from tuning.outputs import refuse_used_file
     from tuning.picture_files import picture_files
-    from tuning.prediction_files import KINDS, PredictionFile, columns
     from tuning.predicting import judging_batch, stream
+    from tuning.prediction_files import KINDS, PredictionFile, columns
     from tuning.top_classes import records, refuse_too_many, top_classes
     from tuning.unreadable import shown
 
@@ -75,11 +75,10 @@ def predict(command: Command) -> None:
             unreadable += piece.unreadable
             done += len(made)
             speaker.show_progress("pictures", done, len(paths), {})
-        accelerator.wait_for_everyone()
 
     # 3. What was written, and what could not be read.
     if unreadable:
-        speaker.say(f"warning: {len(unreadable)} pictures could not be read:{shown(map(str, unreadable))}")
+        speaker.say(f"warning: could not be read: {len(unreadable):,}{shown(map(str, unreadable))}")
     seconds = time.time() - started
     speaker.say(f"{done:,} pictures, {done / seconds:.0f} images/s. See {output}.")
     accelerator.end_training()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tuning.coerce import as_key, coerce, field_types, shown
+from tuning.coerce import as_key, coerce, field_types
 from tuning.errors import UserError
 from tuning.flags import Flags
 from tuning.run_defaults import OPENING
@@ -132,11 +132,11 @@ def refuse_without_effect(
     for key in typed:
         if key not in USED.get(recipe, (key,)):
             flag = key.replace("_", "-")
-            raise UserError(f"--{flag} {shown(values[key])} has no effect in {recipe}, which trains nothing. Drop it.")
+            raise UserError(f"--{flag} {_said(values[key])} has no effect in {recipe}, which trains nothing. Drop it.")
         owners = _owners(flags, key, recipe, stages)
         if recipe.startswith("recipes/") and recipe not in owners:
             flag, owner = key.replace("_", "-"), " and ".join(owners)
-            raise UserError(f"--{flag} {shown(values[key])} is for {owner} and has no effect in {recipe}. Drop it.")
+            raise UserError(f"--{flag} {_said(values[key])} is for {owner} and has no effect in {recipe}. Drop it.")
     if recipe in OPENING:
         _check_opening(flags, typed, recipe)
     if listed is not None:
@@ -162,6 +162,11 @@ def refuse_without_effect(
                 f"--{key} {values[key]} mixes pictures, but every stage trains on cached features. Drop it, or "
                 "--cache-features."
             )
+
+
+def _said(value: Any) -> str:
+    """A value as it was typed."""
+    return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
 def _check_opening(flags: Flags, typed: Sequence[str], recipe: str) -> None:

@@ -87,7 +87,7 @@ def run_recipe(recipe: Recipe, name: str, presets: Path) -> NoReturn:
         _say(f"error (process {_rank()}): {error}")
         sys.exit(1)
     except KeyboardInterrupt as error:
-        _say_stopped(error)
+        _say_stopped(error, "Start it again." if name in OPENING else RESUME)
         sys.exit(0 if launcher.restarts() else 75)
     sys.exit(0)
 
@@ -143,11 +143,11 @@ def _report(error: UserError) -> None:
     _say(f"error{where}: {error}")
 
 
-def _say_stopped(error: KeyboardInterrupt) -> None:
+def _say_stopped(error: KeyboardInterrupt, remedy: str) -> None:
     """All processes stop together, so rank 0 speaks for them."""
     reason = str(error) or "Ctrl-C"
     if _rank() == 0:
-        _say(f"stopped on {reason}; {RESUME}")
+        _say(f"stopped on {reason}; {remedy}")
 
 
 def _rank() -> int:

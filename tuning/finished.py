@@ -102,8 +102,8 @@ def open_named(
         classes = [known.index_to_label_name(number) for number in range(own)]
     if classes is None:
         raise UserError(
-            f"--model {name} --weights {weights}: the names of its classes are not known. Give --run a timm folder whose "
-            f'{TIMM_CONFIG} has them as "label_names".'
+            f"--model {name} --weights {weights}: the names of its classes are not known. Give --run a timm folder "
+            f'whose {TIMM_CONFIG} has them as "label_names".'
         )
     model, info = build(name, classes=classes, weights=weights, image_size=image_size, crop_pct=crop_pct)
     if "with a new head of" in info.weights:

@@ -162,7 +162,8 @@ class RegularisationFlags:
 @dataclass(frozen=True)
 class RunFlags:
     output: str | None = None
-    """Folder of the run. Default: runs/<time>-<model>-<data>."""
+    """Folder of the run, or of what another recipe writes. Default: runs/<time>-<model>-<data>. recipes/predict.py: a
+    file that ends in .csv, .jsonl or .parquet; default: predictions.csv."""
     run_name: str | None = None
     """Name in the tracker. Default: the name of the output folder."""
     seed: int = 0

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from tuning import bootstrap
 from tuning.final_metrics import calibration_error, final_metrics, per_class, probabilities
+from tuning.metrics import rank_classes
 from tuning.run_folder import write_atomically
 
 METRICS, PREDICTIONS = "metrics.json", "predictions.parquet"
@@ -90,7 +91,7 @@ def _table(
         "id": pa.array(ids, pa.string()),
         "row": pa.array(rows.numpy(), pa.int64()),
         "label": named.take(pa.array(labels.numpy())),
-        "predicted": named.take(pa.array(logits.argmax(dim=1).numpy())),
+        "predicted": named.take(pa.array(rank_classes(logits)[:, 0].numpy())),
         "probabilities": pa.FixedSizeListArray.from_arrays(flat, len(classes)),
     }
     about = {"classes": json.dumps(list(classes), ensure_ascii=False), "temperature": repr(temperature)}

@@ -35,7 +35,7 @@ def picture_files(asked: Sequence[str]) -> tuple[list[str], list[str]]:
             raise UserError(f"--images {name}: there is no such file or folder.{_near(path)}")
     for path in found:
         if not path.isprintable() and "\udc80" <= max(path) <= "\udcff":
-            raise UserError(f"--images: the name {ascii(path)} is not UTF-8. Rename it.")
+            raise UserError(f"--images: the name {path!a} is not UTF-8. Rename it.")
     return found, notes
 
 

@@ -41,11 +41,8 @@ class PredictionFile:
         self._schema = pa.schema(list(kinds.items()))
 
     def __enter__(self) -> PredictionFile:
-        self._file: IO[Any] = (
-            self._partial.open("wb")
-            if self._kind == "parquet"
-            else self._partial.open("w", encoding="utf-8", newline="")
-        )
+        mode: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "newline": ""}
+        self._file: IO[Any] = self._partial.open(**({"mode": "wb"} if self._kind == "parquet" else mode))
         if self._kind == "parquet":
             self._table = pq.ParquetWriter(self._file, self._schema)
         elif self._kind == "csv":
@@ -68,18 +65,15 @@ class PredictionFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            if self._kind == "parquet":
+                self._table.close()
             if error is None:
-                self._finish()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._partial.replace(self._path)
         finally:
             self._file.close()
             self._partial.unlink(missing_ok=True)  # gone already, where all went well
-
-    def _finish(self) -> None:
-        if self._kind == "parquet":
-            self._table.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._partial.replace(self._path)
 
 
 def _rounded(value: Any) -> Any:
