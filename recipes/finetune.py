@@ -32,12 +32,13 @@ def finetune(command: Command) -> None:
     from tuning.engine import train_steps
     from tuning.entering import enter_stage
     from tuning.evaluation import evaluate, judges
-    from tuning.feeds import StageFeeds, plain_feed, stage_feeds
+    from tuning.feeds import StageFeeds, plain_feed, some_evaluation, stage_feeds
     from tuning.head_fit import fit_head
     from tuning.heartbeat import beat
     from tuning.lr_auto import as_found, must_search
     from tuning.lr_finder import find, search_for
     from tuning.lr_report import draw
+    from tuning.lr_trials import Trials, trial_losses
     from tuning.models import keep_best
     from tuning.numerical_faults import NumericalFaults
     from tuning.plan import StagePlan
@@ -124,8 +125,10 @@ def finetune(command: Command) -> None:
             """Search for the learning rate of a stage; only `progress` and the curves keep a trace."""
             search = search_for(planned.stage, flags.finder, planned_steps)
             watched = partial(boundary.watch, during="the search for a learning rate")
-            write = curves.writer_at(progress)
-            answer = find(accelerator, entered, feeds.train, loss, clip, run.seed, search, write, watched)
+            some = some_evaluation(accelerator, feeds, planned, data, info, run.seed, workers)
+            judged = partial(trial_losses, accelerator, entered, feeds.judged, some, class_weights, watched)
+            trials = Trials(accelerator, entered, feeds.train, loss, clip, run.seed, judged, watched)
+            answer = find(trials, search, curves.writer_at(progress))
             progress.searched, progress.lr = progress.stage, answer.lr
             speaker.say_found(planned, answer, planned_steps)
             if accelerator.is_main_process:

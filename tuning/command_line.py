@@ -18,7 +18,7 @@ from tuning.checks import check_flags, flat, refuse_without_effect
 from tuning.coerce import coerce, field_types, read_yaml, shown
 from tuning.echoes import RESUME, ProcessLost, first_error
 from tuning.errors import UserError, did_you_mean
-from tuning.flags import Flags
+from tuning.flags import Flags, OptimisationFlags
 from tuning.run_defaults import OPENING, data_of_run
 from tuning.sizes import scaled_lr
 from tuning.stages import Stage, check_stage, read_stages, standard_stages
@@ -39,7 +39,6 @@ NOT_IN_CONFIG = (
 )
 COMMAND_LINE_ONLY = ("preset", "config", "print_config")
 DEMO_PRESET = "demo"
-DEFAULT_LR = 3e-4  # of --lr auto without a confident answer
 
 
 @dataclass(frozen=True)
@@ -295,7 +294,7 @@ def _base_stage(flags: Flags) -> Stage:
     if flags.optimisation.layer_decay is None and flags.optimisation.lr_ratio is None:
         given["lr_ratio"] = 1.0 if flags.model.weights == "none" else 0.1
     if flags.optimisation.lr == "auto":
-        given |= {"lr": DEFAULT_LR, "find_lr": True}
+        given |= {"lr": OptimisationFlags.lr, "find_lr": True}
     if flags.staging.batch_norm == "auto":
         given["batch_norm"] = "train" if flags.model.weights == "none" else "frozen"
     return Stage(name="all", open="all", **given)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from plain_stages import plain_stage
 from torch import nn
 
@@ -24,16 +22,9 @@ from tuning.plan import make_plan
 from tuning.progress import Progress
 from tuning.saving import Saver
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 STAGE = plain_stage(optimizer="adamw", momentum=0.9, weight_decay=0.1, batch_norm="train")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def entered_stage(accelerator: Accelerator) -> Entered:
