@@ -55,9 +55,9 @@ def draw_confusion(overview: Overview, path: Path) -> None:
     side = min(11.0, 3.2 + 0.34 * len(names))
     figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    ticks = np.arange(len(names))
-    axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8, parse_math=False)
-    axes.set_yticks(ticks, names, fontsize=8, parse_math=False)
+    ticks, size = np.arange(len(names)), 8 if len(names) <= ANNOTATED else 10  # the larger picture is shown smaller
+    axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=size, parse_math=False)
+    axes.set_yticks(ticks, names, fontsize=size, parse_math=False)
     part = f"the {len(overview.drawn)} most confused of {len(overview.classes):,} classes" if others else ""
     axes.set(xlabel="predicted", ylabel="label", title=part)
     if len(names) <= ANNOTATED:

@@ -18,7 +18,7 @@ from tuning.records import number, read_records
 from tuning.run_folder import CONFIG, RunFolder, write_atomically
 from tuning.summary import evaluations
 
-EVALUATION_ROWS, NAME_LENGTH, CAPTION_LENGTH, CONFIG_LENGTH = 24, 80, 40, 50_000
+EVALUATION_ROWS, NAME_LENGTH, CAPTION_LENGTH, CONFIG_LENGTH = 12, 80, 40, 50_000
 PLOTS = {
     "curves": "loss, metrics, gradient norm and learning rates over the optimizer steps",
     "confusion": "confusion matrix: labels in rows, predictions in columns",
@@ -137,13 +137,15 @@ def _evaluations(folder: RunFolder, summary: Mapping[str, Any]) -> dict[str, Any
     judged = evaluations(folder.metrics, summary["best_of"])
     names = [name for name in ("balanced_accuracy", "top1", "top5", "loss") if any(name in one for one in judged)]
     best = (summary["best"] or {}).get("step")
+    before = [one for one in judged[:-EVALUATION_ROWS] if one["step"] == best]
+    shown = [*before[:1], *judged[-EVALUATION_ROWS:]]
     rows = [
         [
             f"{one['epoch'] or 0:g}" + (" (best)" if one["step"] == best else ""),
             f"{one['step']:,}",
             *(_metric(n, one.get(n)) for n in names),
         ]
-        for one in judged[-EVALUATION_ROWS:]
+        for one in shown
     ]
     whose = "averaged weights" if summary["best_of"] == "eval_ema" else "weights"
     note = f"Of the {whose}. The same images chose which are the best, which flatters those a little."
