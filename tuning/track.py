@@ -240,7 +240,7 @@ def open_tracker(
         settings = {"tensorboard": {"purge_step": progress.step}}
     accelerator.project_configuration.set_directories(str(folder.path))
     accelerator.log_with = [name]
-    shown = {key: "None" if value is None else value for key, value in config.items()}
+    shown = {key: value if isinstance(value, int | float | str) else str(value) for key, value in config.items()}
     accelerator.init_trackers(run.project, config=shown, init_kwargs=settings)
     tracker = accelerator.get_tracker(name)
     if name == "wandb" and accelerator.is_main_process:
