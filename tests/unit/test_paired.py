@@ -39,6 +39,7 @@ def test_one_and_nine_is_the_textbook_value() -> None:
     assert paired(first, ~first, np.zeros(10, np.int64), resamples=10).p == pytest.approx(22 / 1024)
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
 def test_differences_are_those_of_the_accuracies() -> None:
     first, second, labels = answers()
     found = paired(first, second, labels, resamples=10)
