@@ -13,10 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYER_0 = ("errors", "coerce", "flags", "stages", "progress", "schedules", "sizes", "command_line")
 LAYER_0 += ("run_folder", "summary", "data.sampling", "data.splits", "records", "interrupts", "checks")
-LAYER_0 += ("launcher", "heartbeat", "echoes", "preflight.findings", "lr_curve", "lr_race", "manifest")
+LAYER_0 += ("launcher", "heartbeat", "echoes", "preflight.findings", "lr_curve", "lr_race", "lr_ranges")
+LAYER_0 += ("manifest", "run_defaults", "outputs")
 LAYER_0 += ("kept_predictions", "analysis.mistakes", "comparison.paired", "comparison.runs", "plain_command")
-LAYER_0 += ("run_defaults", "outputs")
-LAYER_0 += ("lr_ranges",)
 LAYER_2 = ("agreement", "session", "entering", "engine", "feeds", "features", "evaluation", "checkpoint")
 LAYER_2 += ("track", "console", "head_fit", "saving", "stopping", "numerical_faults", "tracker_history")
 LAYER_2 += ("out_of_memory",)
