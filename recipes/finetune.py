@@ -24,6 +24,9 @@ def finetune(command: Command) -> None:
 
     from tuning import checkpoint, interrupts, plots, resuming, session
     from tuning.agreement import refuse_drift
+    from tuning.analysis.charts import charts
+    from tuning.analysis.finishing import write_report
+    from tuning.analysis.last_look import look_back
     from tuning.console import Speaker
     from tuning.echoes import first_error
     from tuning.engine import train_steps
@@ -73,7 +76,7 @@ def finetune(command: Command) -> None:
     progress, found = start.progress, start.found
     planned_steps = sum(planned.steps for planned in plan)
     earlier_seconds, last_step = progress.seconds, min(planned_steps, run.max_steps or 2**63)
-    if progress.step >= last_step and is_done(folder):
+    if progress.step >= last_step and is_done(folder) and folder.report.exists():
         speaker.say(f"Nothing left to do: the run in {folder.path} has made its {progress.step:,} steps.")
         return
     resuming.take_up(accelerator, start, command.config, data)
@@ -193,7 +196,7 @@ def finetune(command: Command) -> None:
                 speaker.say_unreadable(unreadable.news())
                 progress.stage, progress.stage_step, progress.micro_batch = progress.stage + 1, 0, None
 
-        # 7. Finish: summary, pictures, what to look at next.
+        # 7. Finish: summary, pictures, a last look at the mistakes, what to look at next.
         if accelerator.is_main_process:
             curves.close()
             seen = {
@@ -211,7 +214,11 @@ def finetune(command: Command) -> None:
             folder.write_summary(summary)
             plots.draw_curves(folder.metrics, folder.plots / "curves.png")
             card_of_run(info, data.classes, folder)
-            curves.finish(summary, folder.plots)
+        look = look_back(accelerator, model, info, folder, data, workers, boundary.watch)
+        if accelerator.is_main_process:
+            trained = [as_found(planned, progress) for planned in plan]
+            write_report(accelerator, command, folder, data, trained, info, summary, look)
+            curves.finish(summary, folder.plots, charts(look.overview))
             speaker.say_finished(summary, folder, run.tracker)
         accelerator.end_training()
         boundary.close()

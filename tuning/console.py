@@ -27,6 +27,7 @@ from tuning.session import precision_name
 
 CLASSES_SHOWN = 8
 LOG_WIDTH = 140  # of tables in a log file, characters
+STAGE_HEADINGS = ("stage", "open", "parameters", "epochs", "steps", "batch", "pixels", "LR stem .. head", "how")
 
 
 class Speaker:
@@ -78,20 +79,8 @@ class Speaker:
         best_by: str,
     ) -> None:
         """Everything that will happen, before anything is spent."""
-        pixels = sorted({planned.image_size for planned in plan})
-        facts = {
-            "data": f"{data.name}: {len(data.train):,} training and {len(data.eval):,} evaluation images",
-            "classes": _class_counts(data),
-            "model": f"{info.name}, {sum(g.parameters for g in plan[0].groups):,} parameters; {info.weights}",
-            "input": f"{', '.join(map(str, pixels))} pixels, mean {info.mean}, std {info.std}, {info.interpolation}",
-            "hardware": f"{accelerator.num_processes} x {accelerator.device.type}, {precision_name(accelerator)}"
-            + (f", {torch.get_num_threads()} threads each" if accelerator.device.type == "cpu" else ""),
-            "steps": f"{sum(planned.steps for planned in plan):,} optimizer steps",
-            "best": f"model/ keeps the weights with the best eval/{best_by}",
-            "output": shown_path(folder.path),
-        }
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        for name, value in facts.items():
+        for name, value in plan_facts(plan, data, info, accelerator, folder, best_by):
             table.add_row(name, escape(value))
         self.console.print(table)
         for note in data.notes:
@@ -162,6 +151,8 @@ class Speaker:
         self.say(f"Done in {summary['seconds']:.0f} s. Best {metric} {best[metric]:.4f} at epoch {best['epoch']:g}.")
         self.say(f"  model    {path}/model    timm.create_model('local-dir:{path}/model', pretrained=True)")
         self.say(f"  curves   {path}/plots/curves.png, {path}/metrics.jsonl")
+        if folder.report.exists():
+            self.say(f"  report   {path}/report.html    (one file to mail)")
         if tracker == "wandb":
             self.say(
                 f"  W&B      wandb leet {path}/wandb/latest-run    (wandb sync {path}/wandb/latest-run uploads it)"
@@ -172,25 +163,10 @@ class Speaker:
     def show_stages(self, plan: Sequence[StagePlan]) -> None:
         """One row a stage."""
         table = Table(title="Stages", title_justify="left", box=None, padding=(0, 2, 0, 0))
-        for heading in ("stage", "open", "parameters", "epochs", "steps", "batch", "pixels", "LR stem .. head", "how"):
+        for heading in STAGE_HEADINGS:
             table.add_column(heading, justify="right" if heading in ("parameters", "epochs", "steps") else "left")
-        for planned in plan:
-            stage, batch = planned.stage, planned.batch
-            rates = [group.peak_lr for group in planned.groups if group.open_parameters]
-            shared = f"{batch.batch_size} = {batch.world_size} x {batch.accumulation} x {batch.micro_batch}"
-            how = f"{stage.optimizer}, {stage.schedule}" + (", features once" if stage.cache_features else "")
-            depth = f"{stage.open:.0%}" if isinstance(stage.open, float) else str(stage.open)
-            table.add_row(
-                escape(stage.name),
-                depth,
-                f"{planned.open_parameters:,}",
-                str(stage.epochs),
-                f"{planned.steps:,}",
-                shared,
-                str(planned.image_size),
-                f"{rates[0]:.3g} .. {rates[-1]:.3g}" + (" or found" if stage.find_lr else ""),
-                how,
-            )
+        for row in stage_rows(plan):
+            table.add_row(*map(escape, row))
         self.console.print(table)
 
     def show_groups(self, plan: Sequence[StagePlan]) -> None:
@@ -203,6 +179,49 @@ class Speaker:
             rates = [f"{g.peak_lr:.3g}" if g.open_parameters else "closed" for g in across]
             table.add_row(group.name, str(group.depth), f"{group.parameters:,}", f"{across[-1].weight_decay:g}", *rates)
         self.console.print(table)
+
+
+def plan_facts(
+    plan: Sequence[StagePlan], data: Data, info: ModelInfo, accelerator: Accelerator, folder: RunFolder, best_by: str
+) -> list[tuple[str, str]]:
+    """What a run is, in named sentences."""
+    pixels = sorted({planned.image_size for planned in plan})
+    return [
+        ("data", f"{data.name}: {len(data.train):,} training and {len(data.eval):,} evaluation images"),
+        ("classes", _class_counts(data)),
+        ("model", f"{info.name}, {sum(g.parameters for g in plan[0].groups):,} parameters; {info.weights}"),
+        ("input", f"{', '.join(map(str, pixels))} pixels, mean {info.mean}, std {info.std}, {info.interpolation}"),
+        (
+            "hardware",
+            f"{accelerator.num_processes} x {accelerator.device.type}, {precision_name(accelerator)}"
+            + (f", {torch.get_num_threads()} threads each" if accelerator.device.type == "cpu" else ""),
+        ),
+        ("steps", f"{sum(planned.steps for planned in plan):,} optimizer steps"),
+        ("best", f"model/ keeps the weights with the best eval/{best_by}"),
+        ("output", shown_path(folder.path)),
+    ]
+
+
+def stage_rows(plan: Sequence[StagePlan]) -> list[tuple[str, ...]]:
+    """One row a stage, under `STAGE_HEADINGS`."""
+    rows: list[tuple[str, ...]] = []
+    for planned in plan:
+        stage, batch = planned.stage, planned.batch
+        rates = [group.peak_lr for group in planned.groups if group.open_parameters]
+        rows.append(
+            (
+                stage.name,
+                f"{stage.open:.0%}" if isinstance(stage.open, float) else str(stage.open),
+                f"{planned.open_parameters:,}",
+                str(stage.epochs),
+                f"{planned.steps:,}",
+                f"{batch.batch_size} = {batch.world_size} x {batch.accumulation} x {batch.micro_batch}",
+                str(planned.image_size),
+                f"{rates[0]:.3g} .. {rates[-1]:.3g}" + (" or found" if stage.find_lr else ""),
+                f"{stage.optimizer}, {stage.schedule}" + (", features once" if stage.cache_features else ""),
+            )
+        )
+    return rows
 
 
 def _class_counts(data: Data) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 from rich.table import Table
 
-from tuning import plots
+from tuning import figures, plots
 from tuning.lr_curve import smoothed, smoothing
 from tuning.lr_finder import Found
 from tuning.records import number as finite
@@ -75,7 +75,7 @@ def draw(found: Found, path: Path) -> None:
         axes.set_ylim(0, SHOWN_UP_TO * max(firsts))  # what diverges would flatten all else
     axes.set(xscale="log", xlabel="learning rate of the head", ylabel="loss of a step", title=title)
     axes.legend(fontsize=7)
-    plots.save(figure, path)
+    figures.save(figure, path)
 
 
 def race_table(found: Found) -> Table:

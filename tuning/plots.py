@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+from tuning.figures import save
 from tuning.plan import StagePlan
 from tuning.records import number, read_records
 
@@ -74,14 +71,3 @@ def _panel(axes: Any, records: list[dict[str, Any]], keys: Sequence[str], title:
 def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[float]]:
     stride = -(-len(steps) // LARGEST_NUMBER_OF_POINTS)
     return steps[::stride], values[::stride]
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write the picture and let it go; a disk that refuses costs the picture only."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
-    except OSError as error:  # a full disk; no run shall end for a picture
-        print(f"warning: {path} can't be written ({error.strerror}).", file=sys.stderr)
-    finally:
-        plt.close(figure)

@@ -60,6 +60,16 @@ class RunFolder:
         return self.path / SUMMARY
 
     @property
+    def predictions(self) -> Path:
+        """What the weights in ``model/`` say about every evaluation image."""
+        return self.path / "predictions.parquet"
+
+    @property
+    def report(self) -> Path:
+        """The run on one page; written last."""
+        return self.path / "report.html"
+
+    @property
     def plots(self) -> Path:
         """PNG pictures."""
         return self.path / "plots"
@@ -67,7 +77,8 @@ class RunFolder:
     def create(self, config: str) -> None:
         """Make the folder and write ``config.yaml``."""
         self.plots.mkdir(parents=True, exist_ok=True)
-        self.summary.unlink(missing_ok=True)  # of the part of the run before this one
+        for earlier in (self.summary, self.report, self.predictions):  # of the part of the run before this one
+            earlier.unlink(missing_ok=True)
         write_atomically(self.path / CONFIG, config)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:

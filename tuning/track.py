@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, WandBTracker
 from accelerate.utils import broadcast_object_list
+from PIL import Image
 
+from tuning.analysis.charts import Chart
 from tuning.checks import flat
 from tuning.command_line import Command
 from tuning.engine import Step
@@ -148,20 +151,41 @@ class Curves:
         if self._file is not None:
             self._file.close()
 
-    def finish(self, summary: Mapping[str, Any], plots: Path) -> None:
-        """Hand the summary and the pictures in the folder *plots* to W&B; rank 0 only."""
+    def finish(self, summary: Mapping[str, Any], plots: Path, charts: Sequence[Chart] = ()) -> None:
+        """Hand the summary, the pictures in the folder *plots* and the error analysis to W&B; rank 0 only."""
         if isinstance(self._tracker, WandBTracker):
             import wandb
 
             pictures = {f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted(plots.glob("*.png"))}
             self._tracker.run.log(pictures)
             self._tracker.run.summary.update(_flat(summary))
+            _log_charts(self._tracker.run, charts)
 
     def _speed(self, images: int) -> float:
         now = time.perf_counter()
         seconds, self._window_start = now - self._window_start, now
         self._trained = (self._trained[0] + images, self._trained[1] + seconds)
         return images / seconds
+
+
+def _log_charts(run: Any, charts: Sequence[Chart]) -> None:
+    try:
+        run.log({chart.name: _drawn(chart) for chart in charts})
+    except Exception as error:  # their pictures go through a folder of W&B's own; the run is complete without them
+        print(f"warning: W&B lacks the error analysis: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+
+def _drawn(chart: Chart) -> Any:
+    """The table for W&B, its pictures included, or the chart of it."""
+    import wandb
+
+    def cell(value: Any) -> Any:
+        return wandb.Image(Image.open(io.BytesIO(value)), file_type="jpg") if isinstance(value, bytes) else value
+
+    table = wandb.Table(columns=list(chart.columns), data=[[cell(value) for value in row] for row in chart.rows])
+    if not chart.drawn_as:
+        return table
+    return wandb.plot_table(chart.drawn_as, table, dict(chart.fields), {"title": chart.title})
 
 
 def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,7 +240,7 @@ def open_tracker(
         settings = {"tensorboard": {"purge_step": progress.step}}
     accelerator.project_configuration.set_directories(str(folder.path))
     accelerator.log_with = [name]
-    shown = {key: "None" if value is None else value for key, value in config.items()}
+    shown = {key: value if isinstance(value, int | float | str) else str(value) for key, value in config.items()}
     accelerator.init_trackers(run.project, config=shown, init_kwargs=settings)
     tracker = accelerator.get_tracker(name)
     if name == "wandb" and accelerator.is_main_process:
@@ -268,6 +292,7 @@ def push_artifact(folder: Path, name: str, run_id: str, project: str, facts: Map
 
 def _wandb_settings(folder: RunFolder, run_name: str | None, run_id: str | None) -> dict[str, Any]:
     os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_DATA_DIR", str(folder.path.resolve() / "wandb"))  # pictures of tables, until uploaded
     offline = "WANDB_MODE" not in os.environ and not _logged_in()
     return {
         "dir": str(folder.path),

@@ -74,16 +74,26 @@ def differences(old_path: Path, new: pa.Table) -> str | None:
     return "; ".join(found) or None
 
 
+def names(dataset: Dataset, folder: str | None) -> pa.Array:
+    """A name for every row: the path of its picture below *folder*, or ``row N``."""
+    paths, _ = _paths_and_sizes(dataset)
+    return _named(paths, folder)
+
+
+def _named(paths: pa.Array, folder: str | None) -> pa.Array:
+    numbered = pc.binary_join_element_wise("row", pc.cast(pa.array(np.arange(len(paths))), pa.string()), " ")
+    return pc.coalesce(_below(paths, folder), numbered)
+
+
 def _part(split: str, dataset: Dataset, data: Data, every: int) -> pa.Table:
     rows = len(dataset)
     paths, sizes = _paths_and_sizes(dataset)
     labels = pa.DictionaryArray.from_arrays(pa.array(label_array(dataset), pa.int32()), pa.array(data.classes))
-    numbered = pc.binary_join_element_wise("row", pc.cast(pa.array(np.arange(rows)), pa.string()), " ")
     columns = {
         "split": pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([split])).cast(
             pa.string()
         ),
-        "name": pc.coalesce(_below(paths, data.folder), numbered),
+        "name": _named(paths, data.folder),
         "label": labels.cast(pa.string()),
         "bytes": pc.coalesce(sizes, _sizes_on_disk(paths, sizes, every)),
     }

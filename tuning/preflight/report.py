@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich.table import Table
 
-from tuning.data.images import UnreadableImage, decode
 from tuning.data.sources import Data
 from tuning.errors import UserError
+from tuning.pages import image_tag, render, thumbnail
 from tuning.preflight.findings import KINDS, SEVERITIES, Finding, count
 from tuning.run_folder import write_atomically
 
 FINDINGS, FACTS, PAGE = "findings.json", "check.json", "check.html"
 NAMED = 3  # of a kind on the console
 PICTURED = 24  # pictures of a kind on the page
-THUMBNAIL = 128  # pixels
-
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; } td, th { text-align: left; padding: .2em 1.2em .2em 0; vertical-align: top; }
-h2 { margin-top: 2em; } .error { color: #b00020; } .warning { color: #9a5b00; } .note { color: #456; }
-.suspects { display: flex; flex-wrap: wrap; gap: 1em; } figure { margin: 0; width: 13em; }
-figure img, .none { height: 128px; max-width: 100%; background: #eee; display: block; }
-.none { width: 128px; } figcaption { font-size: 12px; overflow-wrap: anywhere; }
-"""
 
 
 def prepare(folder: Path) -> None:
@@ -57,7 +43,7 @@ def write(folder: Path, findings: Sequence[Finding], facts: Mapping[str, Any], d
     """
     write_atomically(folder / FINDINGS, json.dumps([f.to_json() for f in findings], indent=1) + "\n")
     write_atomically(folder / FACTS, json.dumps(_finite(facts), indent=1) + "\n")
-    write_atomically(folder / PAGE, "\n".join(_page(findings, facts, data, THUMBNAIL)) + "\n")
+    write_atomically(folder / PAGE, _page(findings, facts, data))
 
 
 def table(findings: Iterable[Finding]) -> Table:
@@ -134,50 +120,33 @@ def _line(finding: Finding) -> str:
     return f"{where}{finding.message}{others}"
 
 
-def _page(findings: Sequence[Finding], facts: Mapping[str, Any], data: Data, side: int) -> Iterator[str]:
-    title = html.escape(f"Check of {data.name}")
-    yield f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
-    colour = "error" if count(findings, "error") else "note"
-    yield f"<h1>{title}</h1><p class={colour}>{html.escape(verdict(findings))}</p>"
-    yield "<table><tr><th>severity<th>kind<th>count<th>meaning"
-    for severity, kind, members in _by_kind(findings):
-        link = f"<a href='#{severity}-{kind}'>{kind}</a>"
-        yield f"<tr><td class={severity}>{severity}<td>{link}<td>{len(members):,}<td>{html.escape(KINDS[kind])}"
-    yield "</table><h2>Measured</h2><table>"
-    for name, value in facts.items():
-        told = value if isinstance(value, str) else json.dumps(_finite(value), ensure_ascii=False)
-        yield f"<tr><th>{html.escape(name)}<td>{html.escape(told)}"
-    yield "</table>"
-    for severity, kind, members in _by_kind(findings):
-        yield f"<h2 id='{severity}-{kind}' class={severity}>{severity}: {kind} ({len(members):,})</h2>"
-        yield f"<p>{html.escape(KINDS[kind])}</p><div class=suspects>"
-        for finding in members[:PICTURED]:
-            yield _figure(finding, data, side)
-        yield "</div>"
-        if len(members) > PICTURED:
-            yield f"<p>and {len(members) - PICTURED:,} more, in {FINDINGS}</p>"
+def _page(findings: Sequence[Finding], facts: Mapping[str, Any], data: Data) -> str:
+    groups = [
+        {
+            "severity": severity,
+            "kind": kind,
+            "meaning": KINDS[kind],
+            "count": len(members),
+            "figures": [_figure(finding, data) for finding in members[:PICTURED]],
+        }
+        for severity, kind, members in _by_kind(findings)
+    ]
+    told = [(k, v if isinstance(v, str) else json.dumps(_finite(v), ensure_ascii=False)) for k, v in facts.items()]
+    values = {
+        "title": f"Check of {data.name}",
+        "verdict": verdict(findings),
+        "colour": "error" if count(findings, "error") else "note",
+        "groups": groups,
+        "facts": told,
+        "list_of_all": FINDINGS,
+    }
+    return render("check.html", values)
 
 
-def _figure(finding: Finding, data: Data, side: int) -> str:
-    if finding.row is None:
-        return f"<p>{html.escape(finding.message)}</p>"
-    others = "".join(f"<br>{html.escape(other)}" for other in finding.others)
-    caption = f"<b>{html.escape(finding.split)}</b> {html.escape(finding.path)} [{html.escape(finding.label)}]"
-    return (
-        f"<figure>{_thumbnail(finding, data, side)}<figcaption>{caption}<br>{html.escape(finding.message)}{others}"
-        "</figcaption></figure>"
-    )
-
-
-def _thumbnail(finding: Finding, data: Data, side: int) -> str:
-    """The picture itself inside the page; a grey square where it can't be read."""
-    assert finding.row is not None
-    row = (data.train if finding.split == "train" else data.eval)[finding.row]["image"]
-    try:
-        picture = Image.fromarray(decode(row["bytes"] or row["path"], min_side=side).numpy())
-    except (UnreadableImage, TypeError):
-        return "<div class=none></div>"
-    picture.thumbnail((side, side))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
-    return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+def _figure(finding: Finding, data: Data) -> dict[str, Any]:
+    """What the page shows of a finding; its picture is None for one that is about no picture."""
+    tag = None
+    if finding.row is not None:
+        rows = data.train if finding.split == "train" else data.eval
+        tag = image_tag(thumbnail(rows[finding.row]))
+    return {"picture": tag, "finding": finding}

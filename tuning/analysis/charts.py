@@ -1,0 +1,88 @@
+"""The error analysis as tables that a tracker can show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tuning.analysis.overview import Case, Overview
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A table, and how it is drawn.
+
+    Attributes:
+        name: of the curve or table, such as ``analysis/mistakes``.
+        columns, rows: cells are text, numbers, or a JPEG as bytes; None where there is nothing.
+        drawn_as: name of one of W&B's Vega charts; empty = the table itself is shown.
+        fields: what the chart calls its columns -> ours.
+        title: of the chart.
+    """
+
+    name: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    drawn_as: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    title: str = ""
+
+
+def charts(overview: Overview | None) -> list[Chart]:
+    """Worst mistakes, likely label errors, most confused pairs, confusion matrix and precision-recall curves."""
+    if overview is None:
+        return []
+    names = overview.classes
+    pairs = [[names[p.actual], names[p.predicted], p.count, p.share] for p in overview.pairs]
+    tables = [
+        _cases("analysis/mistakes", overview.worst, names, "predicted"),
+        _cases("analysis/label_errors", overview.suspects, names, "suggested"),
+        Chart("analysis/confused_pairs", ("label", "predicted", "images", "share of the label"), pairs),
+        *([_confusion(overview)] if overview.drawn else []),
+        _precision_recall(overview),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def _cases(name: str, cases: Sequence[Case], classes: Sequence[str], second: str) -> Chart:
+    suggested = second == "suggested"
+    rows = [
+        [
+            one.picture,
+            one.name,
+            classes[one.label],
+            classes[one.suggested if suggested else one.predicted],
+            one.own,
+            one.of_suggested if suggested else one.top,
+        ]
+        for one in cases
+    ]
+    return Chart(name, ("picture", "id", "label", second, "probability of the label", f"probability {second}"), rows)
+
+
+def _confusion(overview: Overview) -> Chart:
+    names = [overview.classes[index] for index in overview.drawn]
+    matrix = overview.confusion.tolist()
+    if len(names) < len(overview.classes):
+        names.append("all others")
+    rows = [
+        [actual, taken, matrix[i][j]]
+        for i, actual in enumerate(names)
+        for j, taken in enumerate(names)
+        if overview.drawn
+    ]
+    columns = ("Actual", "Predicted", "nPredictions")
+    fields = {name: name for name in columns}
+    return Chart("analysis/confusion", columns, rows, "wandb/confusion_matrix/v1", fields, "Confusion matrix")
+
+
+def _precision_recall(overview: Overview) -> Chart:
+    rows = [
+        [overview.classes[curve.index], recall, precision]
+        for curve in overview.curves
+        for recall, precision in zip(curve.recall, curve.precision, strict=True)
+    ]
+    fields = {"x": "recall", "y": "precision", "class": "class"}
+    columns = ("class", "recall", "precision")
+    return Chart("analysis/precision_recall", columns, rows, "wandb/area-under-curve/v0", fields, "Precision, recall")

@@ -1,0 +1,112 @@
+"""The last evaluation of a run: what the weights in model/ say about every evaluation image, and what that shows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list
+from safetensors.torch import load_file
+from torch import nn
+
+from tuning.analysis.overview import Overview, look_at
+from tuning.data import fingerprint
+from tuning.data.broken import Unreadable
+from tuning.data.sources import Data
+from tuning.feeds import judging_feed
+from tuning.interrupts import StopRequested
+from tuning.kept_predictions import write
+from tuning.model_names import LOCAL, look_up
+from tuning.models import ModelInfo
+from tuning.predicting import Predictions, stream
+from tuning.run_folder import RunFolder
+
+BATCHES = 4  # of every process between two exchanges, at which a wish to stop is heard
+Watch = Callable[[Iterable[Predictions], str], Iterator[Predictions]]
+
+
+@dataclass(frozen=True)
+class LastLook:
+    """What came of it.
+
+    Attributes:
+        overview: the error analysis, on rank 0 where there was no problem.
+        problem: a sentence about what went wrong; empty when nothing did.
+        stopped: the run was asked to end before the analysis was complete.
+    """
+
+    overview: Overview | None = None
+    problem: str = ""
+    stopped: bool = False
+
+
+def look_back(
+    accelerator: Accelerator,
+    model: nn.Module,
+    info: ModelInfo,
+    folder: RunFolder,
+    data: Data,
+    workers: int,
+    watch: Watch,
+) -> LastLook:
+    """Evaluate the weights in ``model/`` once more, keep ``predictions.parquet``, analyse it. All processes take part.
+
+    Nothing that goes wrong here is raised: the run is over and its model is written. A wish to stop ends it early.
+
+    Args:
+        model: the raw model of the run on the accelerator's device; it holds the weights of ``model/`` afterwards.
+        watch: `Boundary.watch`.
+    """
+    try:
+        size = load_best(accelerator, model, folder)
+        feed = judging_feed(accelerator, data.eval, size, info, workers, Unreadable(data.folder))
+        pieces = watch(stream(accelerator, model.eval(), feed, BATCHES), "the analysis of its mistakes")
+        kept = [piece for piece in pieces if accelerator.is_main_process]
+        return LastLook(_analysed(kept, folder, data)) if accelerator.is_main_process else LastLook()
+    except StopRequested as wish:
+        return LastLook(problem=f"{wish}: report.html is left out.", stopped=True)
+    except Exception as error:
+        problem = f"The analysis of the model's mistakes failed: {type(error).__name__}: {error}."
+        if not accelerator.is_main_process:
+            print(f"warning (process {accelerator.process_index}): {problem}", file=sys.stderr, flush=True)
+        return LastLook(problem=problem)
+
+
+def load_best(accelerator: Accelerator, model: nn.Module, folder: RunFolder) -> int:
+    """Give *model* the weights that rank 0 finds in ``model/``. All processes take part.
+
+    Returns:
+        the side of its input in pixels.
+
+    Raises:
+        RuntimeError: on every process, if rank 0 can't load them.
+    """
+    size, problem = None, ""
+    if accelerator.is_main_process:
+        try:
+            size = look_up(f"{LOCAL}{folder.model}")[1]["input_size"][-1]
+            model.load_state_dict(load_file(folder.model / "model.safetensors"))
+        except Exception as error:  # whatever it is: the others must hear of it
+            problem = f"{folder.model} can't be loaded: {error}"
+    size, problem = broadcast_object_list([size, problem])
+    if problem:
+        raise RuntimeError(problem)
+    if accelerator.num_processes > 1:
+        for tensor in model.state_dict().values():
+            tensor.copy_(broadcast(tensor.contiguous()))
+    return int(size)
+
+
+def _analysed(pieces: list[Predictions], folder: RunFolder, data: Data) -> Overview:
+    """Write the predictions, and look at them; on rank 0."""
+    logits = torch.cat([piece.logits for piece in pieces])
+    labels, rows = (torch.cat([getattr(piece, name) for piece in pieces]).numpy() for name in ("labels", "rows"))
+    if not len(rows):
+        raise ValueError(f"none of the {len(data.eval)} evaluation pictures could be read")
+    probabilities = logits.softmax(dim=1).numpy()
+    ids = fingerprint.names(data.eval, data.folder).take(rows)
+    write(folder.predictions, ids, rows, labels, probabilities, data.classes)
+    return look_at(probabilities, labels, rows, ids.to_pylist(), data)

@@ -1,0 +1,23 @@
+"""Figures without a screen, and their way into a file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write the picture and let it go; a disk that refuses costs the picture only."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+    except OSError as error:  # a full disk; no run shall end for a picture
+        print(f"warning: {path} can't be written ({error.strerror}).", file=sys.stderr)
+    finally:
+        plt.close(figure)
