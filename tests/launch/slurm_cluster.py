@@ -61,7 +61,8 @@ START = """\
 set -e
 cd "$0"
 mount --bind hosts /etc/hosts
-munged --force --key-file=munge.key --socket=munge.socket --pid-file=munge.pid --log-file=munge.log --seed-file=munge.seed
+munged --force --key-file=munge.key --socket=munge.socket --seed-file=munge.seed --pid-file=munge.pid \\
+    --log-file=munge.log
 slurmctld -c
 for node in n1 n2; do slurmd -N "$node"; done
 echo started
@@ -102,11 +103,11 @@ class Cluster:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, *command: str, cwd: Path, check: bool = True, text: str | None = None) -> str:
-        """The output of *command* in the cluster."""
+        """What *command*, run in the cluster, prints."""
         inside = ["nsenter", "--target", str(self.init), "--mount", "--pid", f"--wdns={cwd}"]
         done = subprocess.run([*inside, *command], env=self.environment, capture_output=True, text=True, input=text)
         assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}{self.logs()}"
-        return done.stdout + done.stderr
+        return done.stdout
 
     def show(self, job: str) -> dict[str, str]:
         """What Slurm knows of a job, such as JobState, Restarts, ExitCode."""
