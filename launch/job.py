@@ -86,12 +86,12 @@ def check(job: Job) -> None:
             f"--processes {job.processes} and --gpus-per-node {job.gpus} clash: a GPU belongs to one process. Leave "
             "--processes out, or ask for as many GPUs."
         )
+    _check_words(job)
+    _check_files(job)
     if not NAME.fullmatch(job.name):
         raise LaunchError(
             f"--name is {job.name!r}; it must be small letters, digits and dashes, 50 at most, a letter first."
         )
-    _check_words(job)
-    _check_files(job)
 
 
 def _check_words(job: Job) -> None:

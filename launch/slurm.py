@@ -185,7 +185,7 @@ while true; do
     fi
     now=$(ending)
     if [[ $now == "$last" ]]; then now=; fi  # of an earlier part of the run
-    if [[ $(known JobState) != JobState=RUNNING ]]; then
+    if [[ $(known JobState) != JobState=@(RUNNING|SIGNALING) ]]; then
         say "the job was cancelled, or Slurm takes it back itself"
         exit "$code"
     fi

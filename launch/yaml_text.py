@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 Value = str | int | float | bool | Sequence["Value"] | Mapping[str, "Value"]
 _PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
+_NOT_TEXT = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")  # unless they are quoted
 _BLOCK = re.compile(r"[\n\x20-\x7e\u00a1-\u2027\u2030-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]+")
 _ESCAPED = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
@@ -32,11 +33,8 @@ def _letter(letter: str) -> str:
 
 def _mapping(value: Mapping[str, Value], indent: str) -> Iterator[str]:
     for key, item in value.items():
-        name = (
-            key
-            if _PLAIN_KEY.fullmatch(key) and key not in ("y", "n", "yes", "no", "on", "off", "null")
-            else quoted(key)
-        )
+        plain = _PLAIN_KEY.fullmatch(key) and key.lower() not in _NOT_TEXT
+        name = key if plain else quoted(key)
         yield from _item(f"{indent}{name}:", item, indent)
 
 
