@@ -80,7 +80,7 @@ def _rendered(target: str, options: argparse.Namespace, job: Job) -> tuple[str, 
     if target == "local":
         place = local.Place(options.machine_rank, options.main_address, options.main_port)
         local.check(job, place)
-        return local.render(job, place), []
+        return local.render(job, place)
     if target == "slurm":
         queue = _queue(options)
         slurm.check(job, queue)

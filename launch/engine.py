@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.job import Job
+from launch.job import Job, made_resumable, value_of, without
 
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
 MODULE = "accelerate.commands.launch"
@@ -70,13 +70,40 @@ def launcher(job: Job, supervised: bool, meeting: Meeting | None = None, logs: s
         if meeting:
             words += ["--machine_rank", place.rank, "--main_process_ip", place.address]
         words += ["--main_process_port", place.port]
-        if job.restarts:
-            words += ["--max_restarts", str(job.restarts)]
         if logs is not None:
             words += ["--log_dir", logs, "--tee", "3"]
     if job.precision is not None:
         words += ["--mixed_precision", job.precision]
     return " ".join(words)
+
+
+def with_output(job: Job, own: str) -> tuple[Job, str, list[str]]:
+    """A job that goes on when it is started again, the folder of its run as shell text, and what was added.
+
+    Args:
+        own: the folder, as text in double quotes, of a job without --output.
+    """
+    ready, said = made_resumable(job, own)
+    if not job.resumes:
+        return ready, "", said
+    given = value_of(job.flags, "output")
+    return (
+        replace(ready, flags=without(ready.flags, "output")),
+        f'"{own}"' if given is None else shlex.quote(given),
+        said,
+    )
+
+
+def recipe_lines(job: Job, output: str) -> list[str]:
+    """Shell text that sets ``recipe``, still without its --output, and ``output``."""
+    return [f"recipe=({recipe(job)})", f"output={output}"]
+
+
+def output_lines(output: str) -> list[str]:
+    """Shell text that completes ``recipe``, and ``ending``: how the recipe says that it ended."""
+    if not output:
+        return ["ending() { :; }"]
+    return ['recipe+=(--output "$output")', 'ending() { cat "$output/summary.json" 2>/dev/null; }']
 
 
 def recipe(job: Job) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from launch import engine, far
 from launch.errors import LaunchError
@@ -122,7 +122,7 @@ def _pod(cluster: Cluster) -> dict[str, Value]:
 
 
 def _train_job(job: Job, cluster: Cluster) -> dict[str, Value]:
-    start = engine.launcher(_once(job), supervised=True, meeting=MEETING if job.nodes > 1 else None)
+    start = engine.launcher(job, supervised=True, meeting=MEETING if job.nodes > 1 else None)
     wanted = {"nvidia.com/gpu": job.gpus, "cpu": job.cpus, "memory": f"{job.memory}Gi" if job.memory else None}
     resources = {name: str(amount) for name, amount in wanted.items() if amount}
     named = engine.variables(job, GRACE - MARGIN).items()
@@ -142,11 +142,6 @@ def _train_job(job: Job, cluster: Cluster) -> dict[str, Value]:
         "metadata": _metadata(job.name, cluster),
         "spec": {"runtimeRef": reference, "trainer": trainer},
     }
-
-
-def _once(job: Job) -> Job:
-    """The JobSet restarts all machines; a launcher that restarted its own processes would wait for the others."""
-    return replace(job, restarts=0)
 
 
 def kept(word: str) -> str:

@@ -14,6 +14,7 @@ from launch.errors import LaunchError
 from launch.job import Job
 
 GRACE = 60  # seconds that the training processes have to save after a signal
+NEVER = 2**31  # seconds
 NOTHING_VISIBLE = ("", "-1")
 
 
@@ -29,6 +30,9 @@ class Place:
     rank: int | None = None
     address: str | None = None
     port: int = 29500
+
+
+HERE = Place()
 
 
 def count_gpus() -> int:
@@ -66,16 +70,45 @@ def check(job: Job, place: Place) -> None:
         raise LaunchError("--time needs the program `timeout` (coreutils), which this machine lacks; use --stop-after.")
 
 
-def render(job: Job, place: Place = Place()) -> str:
-    """Bash text that trains here and ends with the launcher's exit status."""
+def render(job: Job, place: Place = HERE) -> tuple[str, list[str]]:
+    """Bash text that trains here, and a sentence for everything that was added to the recipe's flags."""
     exports = [f"export {name}={shlex.quote(value)}" for name, value in engine.variables(job, GRACE).items()]
     meeting = None
     if job.nodes > 1:
         meeting = engine.Meeting(str(place.rank), shlex.quote(str(place.address)), str(place.port))
-    # Under a supervisor one process is restarted, too; without it accelerate ignores --max_restarts in silence.
-    start = engine.launcher(job, supervised=job.restarts > 0, meeting=meeting)
-    limit = f"timeout --foreground --signal=TERM --kill-after={GRACE + 30} {job.seconds} " if job.seconds else ""
-    return "\n".join([*exports, f"exec {limit}{start} {engine.recipe(job)}", ""])
+    start = engine.launcher(job, supervised=False, meeting=meeting)
+    limit = f"timeout --foreground --signal=TERM --kill-after={GRACE + 30} " if job.seconds else ""
+    if not job.restarts:
+        once = f"{limit}{job.seconds} " if job.seconds else ""
+        return "\n".join([*exports, f"exec {once}{start} {engine.recipe(job)}", ""]), []
+    own = "runs/" + job.name + "-$(date +%Y%m%d-%H%M%S)" if job.nodes == 1 else f"runs/{job.name}"
+    ready, output, said = engine.with_output(job, own)
+    within = f"{limit}$(({job.seconds} - SECONDS)) " if job.seconds else ""
+    loop = _LOOP.format(start=within + start, restarts=job.restarts, seconds=job.seconds or NEVER)
+    return "\n".join([*exports, *engine.recipe_lines(ready, output), *engine.output_lines(output)]) + loop, said
+
+
+# A launcher of its own for every start: torch's supervisor restarts its processes, too, but under gloo the new ones
+# often look for the old ones and time out.
+_LOOP = """
+attempt=0 asked=
+trap 'asked=yes' INT
+trap 'asked=yes; kill -TERM $!' TERM
+while true; do
+    last=$(ending)
+    {start} "${{recipe[@]}}" &
+    while wait $!; kill -0 $! 2>/dev/null; do :; done  # a signal ends `wait`, not the recipe
+    wait $!
+    code=$?
+    now=$(ending)
+    if [[ $now == "$last" ]]; then now=; fi  # of an earlier part of the run
+    if ((code == 0 || attempt == {restarts} || SECONDS >= {seconds})) || [[ $asked || $now == *'"status": "preempted"'* ]]; then
+        exit "$code"
+    fi
+    attempt=$((attempt + 1))
+    echo "launch: failed (exit status $code): restart $attempt of {restarts}" >&2
+done
+"""
 
 
 def run(text: str) -> None:

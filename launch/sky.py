@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from launch import engine, far
 from launch.errors import LaunchError
@@ -88,7 +88,6 @@ def _resources(job: Job, cloud: Cloud) -> dict[str, Value]:
 def _run(job: Job) -> str:
     """Bash that every machine runs."""
     meeting = engine.Meeting('"$SKYPILOT_NODE_RANK"', "\"${SKYPILOT_NODE_IPS%%$'\\n'*}\"", str(PORT))
-    alone = replace(job, restarts=0)  # after a failure all machines start anew
-    start = engine.launcher(alone, supervised=True, meeting=meeting if job.nodes > 1 else None)
+    start = engine.launcher(job, supervised=True, meeting=meeting if job.nodes > 1 else None)
     limit = f"timeout --foreground --signal=TERM --kill-after={GRACE + 30} {job.seconds} " if job.seconds else ""
     return f"{limit}{start} {engine.recipe(job)}\n"

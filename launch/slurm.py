@@ -7,14 +7,15 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from launch import engine, variations
 from launch.errors import LaunchError
-from launch.job import Job, clock, made_resumable, value_of, without
+from launch.job import Job, clock
 from launch.variations import Task
 
 CPUS_A_PROCESS = 8  # where --cpus-per-node says nothing; Slurm's own answer, one, starves the loader
+OWN, OWN_OF_ARRAY = "runs/$SLURM_JOB_NAME-$SLURM_JOB_ID", "runs/$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID"
 SHORTEST = 60  # seconds; Slurm counts time limits in minutes
 _WORD = re.compile(r"[\w./:@%+,=&|*\[\]()-]+", re.ASCII)
 
@@ -72,22 +73,11 @@ def check(job: Job, queue: Queue) -> None:
     variations.check(job, queue.tasks)
 
 
-def prepare(job: Job, queue: Queue) -> tuple[Job, str, list[str]]:
-    """The job with what a queue needs, the folder of its run as shell text, and what was added."""
-    if not job.resumes:
-        return job, "", made_resumable(job, "")[1]
-    own = "runs/$SLURM_JOB_NAME-" + ("$SLURM_ARRAY_JOB_ID" if queue.tasks else "$SLURM_JOB_ID")
-    given = value_of(job.flags, "output")
-    ready, said = made_resumable(job, own)
-    output = f'"{own}"' if given is None else shlex.quote(given)
-    if queue.tasks:
-        said.append("every job of the array has a folder of its own below --output, named after its flags.")
-    return replace(ready, flags=without(ready.flags, "output")), output, said
-
-
 def render(job: Job, queue: Queue) -> tuple[str, list[str]]:
     """The script, and a sentence for everything that was added to the recipe's flags."""
-    ready, output, said = prepare(job, queue)
+    ready, output, said = engine.with_output(job, OWN_OF_ARRAY if queue.tasks else OWN)
+    if queue.tasks and output:
+        said.append("every job of the array has a folder of its own below --output, named after its flags.")
     exports = [f"export {k}={shlex.quote(v)}" for k, v in engine.variables(job, max(1, queue.warning * 3 // 4)).items()]
     parts = [
         "#!/bin/bash",
@@ -95,10 +85,9 @@ def render(job: Job, queue: Queue) -> tuple[str, list[str]]:
         "",
         *queue.setup,
         *exports,
-        f"recipe=({engine.recipe(ready)})",
-        f"output={output}" if output else "output=",
+        *engine.recipe_lines(ready, output),
         *_choice(queue.tasks),
-        *(['recipe+=(--output "$output")'] if output else []),
+        *engine.output_lines(output),
         *_supervision(job, queue),
     ]
     return "\n".join(parts) + "\n", said
@@ -135,9 +124,8 @@ def _choice(tasks: Sequence[Task]) -> list[str]:
 
 def _supervision(job: Job, queue: Queue) -> list[str]:
     meeting = engine.Meeting('"$SLURM_NODEID"', '"$ADDRESS"', '"$PORT"')
-    alone = replace(job, restarts=0)  # after a failure all machines start anew, not only one launcher
     start = engine.launcher(
-        alone, supervised=True, meeting=meeting if job.nodes > 1 else None, logs='"$LOGS/$SLURM_NODEID"'
+        job, supervised=True, meeting=meeting if job.nodes > 1 else None, logs='"$LOGS/$SLURM_NODEID"'
     )
     cpus = job.cpus or (CPUS_A_PROCESS if job.gpus else 1) * job.processes
     return _SUPERVISION.format(
@@ -159,8 +147,7 @@ requeues=${{SLURM_RESTART_COUNT:-0}}
 
 say() {{ echo "launch: $*" >&2; }}
 known() {{ scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o "$1=[^ ]*"; }}
-ending() {{ cat "$output/summary.json" 2>/dev/null; }}  # how the recipe says that it ended
-saved() {{ ls "$output/checkpoints" 2>/dev/null; }}
+saved() {{ ls "${{output:-.}}/checkpoints" 2>/dev/null; }}
 
 attempt=0 warned=
 warn() {{

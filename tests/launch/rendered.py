@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Notes its words and variables, each ended by NUL, in the folder $NOTES.
-PYTHON = '#!/bin/bash\nprintf "%s\\0" "$@" > "$NOTES/words"\nenv -0 > "$NOTES/variables"\neval "${DO:-}"\nexit "${EXIT:-0}"\n'
+PYTHON = """#!/bin/bash
+printf "%s\\0" "$@" > "$NOTES/words"
+env -0 > "$NOTES/variables"
+eval "${DO:-}"
+exit "${EXIT:-0}"
+"""
 SRUN = '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nSLURM_NODEID=1 exec "$@"\n'
 SLEEP = "#!/bin/bash\nexit 0\n"
 SCONTROL = """#!/bin/bash

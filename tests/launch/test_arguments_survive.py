@@ -84,10 +84,12 @@ def job(flags: list[str], value: str) -> Job:
 @EXAMPLES
 @given(flags=st.lists(TEXT, max_size=5), value=TEXT)
 def test_local(folder: Path, flags: list[str], value: str) -> None:
-    text = local.render(job(flags, value), local.Place(1, "first", 29500))
-    called = rendered.run(["bash", "-c", text], folder, "recipes/find_lr.py")
-    assert (called.recipe[1:], called.variables["VALUE"]) == (flags, value)
-    assert called.option("--machine_rank") == "1"
+    for restarts in (0, 1):
+        made = replace(job(flags, value), restarts=restarts)
+        text, _ = local.render(made, local.Place(1, "first", 29500))
+        called = rendered.run(["bash", "-c", text], folder, "recipes/find_lr.py")
+        assert (called.recipe[1:], called.variables["VALUE"]) == (flags, value)
+        assert called.option("--machine_rank") == "1"
 
 
 @EXAMPLES

@@ -17,6 +17,8 @@ BY_SIGNAL = WRITE.format(summary='{"status": "preempted", "reason": "SIGTERM, af
 BY_FILE = WRITE.format(summary='{"status": "preempted", "reason": "the file STOP, after step 5"}')
 FAILED = WRITE.format(summary='{"status": "failed", "error": "ValueError: no"}')
 
+ALONE = slurm.Queue()
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -30,7 +32,7 @@ def job(**changes: object) -> Job:
     return Job(**(fixed | changes))  # type: ignore[arg-type]
 
 
-def run(folder: Path, job: Job, queue: slurm.Queue = slurm.Queue(), **variables: str) -> rendered.Called:
+def run(folder: Path, job: Job, queue: slurm.Queue = ALONE, **variables: str) -> rendered.Called:
     (folder / "script").write_text(slurm.render(job, queue)[0])
     return rendered.run(["bash", "script"], folder, "recipes/finetune.py", **VARIABLES, **variables)
 
