@@ -102,7 +102,8 @@ while true; do
     code=$?
     now=$(ending)
     if [[ $now == "$last" ]]; then now=; fi  # of an earlier part of the run
-    if ((code == 0 || attempt == {restarts} || SECONDS >= {seconds})) || [[ $asked || $now == *'"status": "preempted"'* ]]; then
+    if [[ $now == *'"status": "preempted"'* ]]; then asked=yes; fi
+    if [[ $asked ]] || ((code == 0 || attempt == {restarts} || SECONDS >= {seconds})); then
         exit "$code"
     fi
     attempt=$((attempt + 1))
