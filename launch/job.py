@@ -11,6 +11,14 @@ from launch.errors import LaunchError
 NAME = re.compile(r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 PRECISIONS = ("no", "bf16", "fp16")
+RESERVED = (
+    "PET_NNODES",
+    "PET_NPROC_PER_NODE",
+    "PET_NODE_RANK",
+    "PET_MASTER_ADDR",
+    "PET_MASTER_PORT",
+    "ACCELERATE_USE_CPU",
+)
 # Recipes that leave checkpoints: stopped by a queue, they go on. The others begin anew.
 RESUMABLE = ("finetune.py",)
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -98,6 +106,8 @@ def _check_words(job: Job) -> None:
     for name, value in job.environment:
         if not VARIABLE.fullmatch(name):
             raise LaunchError(f"--env {name}={value}: {name!r} can't be the name of a variable.")
+        if name in RESERVED:
+            raise LaunchError(f"--env {name}={value} clashes with launch, which says this itself; leave it out.")
     for word in (job.recipe, job.python, *job.flags, *(value for _, value in job.environment)):
         if "\0" in word or any("\ud800" <= letter <= "\udfff" for letter in word):
             raise LaunchError(f"{word!r} holds bytes that no script can carry; only UTF-8 text without NUL can.")

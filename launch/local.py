@@ -76,7 +76,8 @@ def render(job: Job, place: Place = HERE) -> tuple[str, list[str]]:
     meeting = None
     if job.nodes > 1:
         meeting = engine.Meeting(str(place.rank), shlex.quote(str(place.address)), str(place.port))
-    start = engine.launcher(job, supervised=False, meeting=meeting)
+    # What signals accelerate's launcher of one process ends it at once, while the recipe still saves; torch's waits.
+    start = engine.launcher(job, supervised=bool(job.seconds or job.restarts), meeting=meeting)
     limit = f"timeout --foreground --signal=TERM --kill-after={GRACE + 30} " if job.seconds else ""
     if not job.restarts:
         once = f"{limit}{job.seconds} " if job.seconds else ""

@@ -123,9 +123,9 @@ def _choice(tasks: Sequence[Task]) -> list[str]:
 
 
 def _supervision(job: Job, queue: Queue) -> list[str]:
-    meeting = engine.Meeting('"$SLURM_NODEID"', '"$ADDRESS"', '"$PORT"')
+    meeting = engine.Meeting('"$SLURM_NODEID"', '"$LAUNCH_ADDRESS"', '"$LAUNCH_PORT"')
     start = engine.launcher(
-        job, supervised=True, meeting=meeting if job.nodes > 1 else None, logs='"$LOGS/$SLURM_NODEID"'
+        job, supervised=True, meeting=meeting if job.nodes > 1 else None, logs='"$LAUNCH_LOGS/$SLURM_NODEID"'
     )
     cpus = job.cpus or (CPUS_A_PROCESS if job.gpus else 1) * job.processes
     return _SUPERVISION.format(
@@ -141,7 +141,7 @@ def _supervision(job: Job, queue: Queue) -> list[str]:
 _SUPERVISION = """
 # All machines meet at the first one; the port is the job's own, below those that systems give away.
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export ADDRESS=${{nodes%%$'\\n'*}}
+export LAUNCH_ADDRESS=${{nodes%%$'\\n'*}}
 export PET_RDZV_ID=$SLURM_JOB_ID
 requeues=${{SLURM_RESTART_COUNT:-0}}
 
@@ -160,8 +160,8 @@ trap 'say "Slurm ends the job"' TERM
 
 before=$(saved) asked=$(known PreemptTime)
 while true; do
-    export PORT=$((15000 + (SLURM_JOB_ID + attempt) % 15000))
-    export LOGS="logs/$SLURM_JOB_NAME-$SLURM_JOB_ID/$requeues.$attempt"
+    export LAUNCH_PORT=$((15000 + (SLURM_JOB_ID + attempt) % 15000))
+    export LAUNCH_LOGS="logs/$SLURM_JOB_NAME-$SLURM_JOB_ID/$requeues.$attempt"
     last=$(ending)
     {srun} bash -c {start} launch "${{recipe[@]}}" &
     while wait $!; kill -0 $! 2>/dev/null; do :; done  # a signal ends `wait`, not the recipe
@@ -184,7 +184,7 @@ while true; do
         exit 75
     fi
     if ((attempt == {restarts})); then
-        say "failed (exit status $code) after $attempt restarts; logs of every process: $LOGS"
+        say "failed (exit status $code) after $attempt restarts; logs of every process: $LAUNCH_LOGS"
         exit "$code"
     fi
     attempt=$((attempt + 1))

@@ -60,7 +60,7 @@ def test_one_process(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_time_limit_saves(folder: Path, processes: int) -> None:
-    done = launch(folder, f"--processes {processes} --time 75s", "--epochs", "100000")
+    done = launch(folder, f"--processes {processes} --time 150s", "--epochs", "100000")
     assert done.returncode != 0
     assert summary(folder)["status"] == "preempted"
     assert str(summary(folder)["reason"]).startswith("SIGTERM, after step ")

@@ -52,6 +52,7 @@ MISTAKES = [
     ("local --processes 1 --time 90", "recipes/finetune.py", "--time is '90', which is no time; write 90m"),
     ("local --processes 1 --env NAME", "recipes/finetune.py", "--env NAME: write NAME=VALUE"),
     ("local --processes 1 --env 1A=2", "recipes/finetune.py", "'1A' can't be the name of a variable"),
+    ("local --processes 1 --env PET_NNODES=2", "recipes/finetune.py", "--env PET_NNODES=2 clashes with launch"),
     ("local --processes 1 --name My_Job", "recipes/finetune.py", "--name is 'My_Job'"),
     ("local --processes 1 --config no.yaml", "recipes/finetune.py", "--config 'no.yaml' is no file"),
     ("local --processes 1 --mixed-precision fp8", "recipes/finetune.py", "invalid choice: 'fp8'"),

@@ -71,7 +71,7 @@ def test_an_earlier_part_of_the_run_says_nothing(folder: Path) -> None:
 
 
 def test_restarts_are_counted_and_take_another_port(folder: Path) -> None:
-    count = 'echo "$PORT" >> "$NOTES/ports"; ' + FAILED
+    count = 'echo "$LAUNCH_PORT" >> "$NOTES/ports"; ' + FAILED
     called = run(folder, job(restarts=2), DO=count, EXIT="1")
     assert called.returncode == 1
     assert (folder / "ports").read_text().split() == ["15007", "15008", "15009"]
@@ -82,7 +82,7 @@ def test_restarts_are_counted_and_take_another_port(folder: Path) -> None:
 def test_machines_meet_at_the_first(folder: Path) -> None:
     called = run(folder, job())
     assert called.option("--main_process_ip") == "first"
-    assert called.option("--main_process_port") == called.variables["PORT"] == "15007"
+    assert called.option("--main_process_port") == called.variables["LAUNCH_PORT"] == "15007"
     assert (called.option("--machine_rank"), called.option("--num_machines")) == ("1", "2")
     assert called.variables["PET_RDZV_ID"] == "15007"
     assert called.recipe == ["recipes/finetune.py", "--resume", "auto", "--output", "out"]
