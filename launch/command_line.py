@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from launch import kubernetes, local, sky, slurm, variations
+import launch
+from launch import engine, kubernetes, local, sky, slurm, variations
 from launch.errors import LaunchError, did_you_mean
 from launch.job import PRECISIONS, Job, check, parse_time
 
@@ -43,7 +44,7 @@ def main(words: Sequence[str]) -> int:
 
 def _do(words: Sequence[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
-        print(f"usage: {USAGE}\n\n{__import__('launch').__doc__}\nOptions of a target: python -m launch TARGET --help.")
+        print(f"usage: {USAGE}\n\n{launch.__doc__}\nOptions of a target: python -m launch TARGET --help.")
         return
     if words[0] not in TARGETS:
         raise LaunchError(f"unknown target {words[0]!r}; choose {', '.join(TARGETS)}.{did_you_mean(words[0], TARGETS)}")
@@ -77,6 +78,7 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _rendered(target: str, options: argparse.Namespace, job: Job) -> tuple[str, list[str]]:
     check(job)
+    engine.check(job)
     if target == "local":
         place = local.Place(options.machine_rank, options.main_address, options.main_port)
         local.check(job, place)

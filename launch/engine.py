@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launch.errors import LaunchError
 from launch.job import Job, made_resumable, value_of, without
 
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
@@ -28,6 +29,16 @@ class Meeting:
     rank: str
     address: str
     port: str
+
+
+def check(job: Job) -> None:
+    """Refuse to start without an accelerate config.
+
+    Raises:
+        LaunchError: there is none.
+    """
+    if job.config is None and not CONFIGS.is_dir():
+        raise LaunchError(f"there is no folder {CONFIGS}; run this in a checkout of the project, or give --config.")
 
 
 def config_of(job: Job, supervised: bool) -> str:

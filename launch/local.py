@@ -40,7 +40,7 @@ def count_gpus() -> int:
     if not shutil.which("nvidia-smi"):
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    found = listed.stdout.count("GPU ") if listed.returncode == 0 else 0
+    found = sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed.returncode == 0 else 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import local, slurm
+from launch import engine, local, slurm
 from launch.command_line import main
 from launch.job import RESUMABLE, clock, parse_time
 
@@ -117,6 +117,15 @@ def test_two_dashes_are_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is nothing to run" in capsys.readouterr().err
     assert main(["local", "--processes", "1", "--"]) == 2
     assert "there is nothing to run" in capsys.readouterr().err
+
+
+def test_configs_are_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when the package was installed without the project's other files."""
+    monkeypatch.setattr(engine, "CONFIGS", tmp_path / "accelerate_configs")
+    assert main(["local", "--processes", "1", "--", "recipes/finetune.py"]) == 2
+    assert "run this in a checkout of the project, or give --config" in capsys.readouterr().err
 
 
 def test_flags_that_no_script_can_carry(capsys: pytest.CaptureFixture[str]) -> None:

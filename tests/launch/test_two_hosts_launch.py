@@ -37,7 +37,7 @@ def start(stack: contextlib.ExitStack, folder: Path, recipe: list[str]) -> tuple
 
 
 def test_train(tmp_path: Path, flags: list[str], hosts: None) -> None:
-    recipe = [str(ROOT / "recipes" / "finetune.py"), *flags, "--output", str(tmp_path / "run")]
+    recipe = [str(ROOT / "recipes" / "finetune.py"), *flags, "--timeout", "2", "--output", str(tmp_path / "run")]
     with contextlib.ExitStack() as stack:
         a, b = start(stack, tmp_path, recipe)
         said = a.wait() + b.wait()
