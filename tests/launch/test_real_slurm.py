@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-RUN_SECONDS = 240  # a run of two launchers takes 30 s on two free cores
+RUN_SECONDS = 600  # a run of two launchers takes 30 s on two free cores, and minutes on busy ones
 FLAGS = "--model test_vit --weights none --image-size 32 --batch-size 8 --freeze-epochs 0 --workers 0 --tracker none"
 QUICK = [*FLAGS.split(), "--save-every", "2", "--threads", "1", "--timeout", "0.5"]
 EPOCHS = 40  # of five optimizer steps: long enough to be interrupted
@@ -133,7 +133,7 @@ def test_a_killed_process_is_restarted_and_bit_identical(
 def test_the_time_limit_and_scancel(slurm: slurm_cluster.Cluster, folder: Path) -> None:
     """Warned before the limit it goes back and goes on; cancelled, it saves and stays away."""
     job = submit(
-        slurm, folder, "--nodes 2 --name limit --time 2m --warning 30", "--epochs", "5000", "--output", "limit"
+        slurm, folder, "--nodes 2 --name limit --time 3m --warning 30", "--epochs", "5000", "--output", "limit"
     )
     until(slurm, job, ("RUNNING",))
     assert until(slurm, job, ("PENDING", *ENDED))["Restarts"] == "1"
