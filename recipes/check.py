@@ -28,6 +28,8 @@ def check(command: Command) -> None:
     from tuning.entering import enter_stage
     from tuning.errors import UserError
     from tuning.feeds import stage_feeds
+    from tuning.lr_auto import searching_stages
+    from tuning.lr_finder import search_for
     from tuning.preflight import report, suspects, verdict
     from tuning.preflight.findings import Finding, count, in_order
     from tuning.preflight.memory import fitting_micro_batch
@@ -106,7 +108,10 @@ def check(command: Command) -> None:
         if trials:
             judging = judging_seconds(accelerator, model, data, plan[-1], info, workers)
             fitted = flags.model.head_init == "fitted"
-            measured |= expected_seconds(plan, trials, data, judging, fitted, run.max_steps)
+            steps, finder = sum(planned.steps for planned in plan), flags.finder
+            searching = searching_stages(plan, finder.finder_at)
+            searches = {number: search_for(plan[number].stage, finder, steps) for number in searching}
+            measured |= expected_seconds(plan, trials, data, judging, fitted, run.max_steps, searches)
             findings += verdict.trial_findings(trials, accelerator.num_processes, fitted)
     except (UserError, torch.OutOfMemoryError) as error:
         if accelerator.num_processes > 1:  # the others may be waiting for this one

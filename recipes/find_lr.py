@@ -17,16 +17,18 @@ def find_lr(command: Command) -> None:
     """Sweep the learning rate over a few hundred optimizer steps and say which one to train with, if one is clear."""
     # The flags are known to be right by now; only here torch is imported.
     from collections.abc import Iterable, Iterator, Mapping
+    from functools import partial
 
     from tuning import resuming, session
     from tuning.console import Speaker
     from tuning.engine import Step
     from tuning.entering import enter_stage
     from tuning.errors import UserError
-    from tuning.feeds import plain_feed, stage_feeds
+    from tuning.feeds import plain_feed, some_evaluation, stage_feeds
     from tuning.head_fit import fit_head
     from tuning.lr_finder import chosen_stage, find, search_for
     from tuning.lr_report import draw, facts, race_table, table
+    from tuning.lr_trials import Trials, trial_losses
     from tuning.numerical_faults import NumericalFaults
     from tuning.preparing import data_and_model, objective, plan_stages
     from tuning.run_folder import git_commit
@@ -89,7 +91,10 @@ def find_lr(command: Command) -> None:
         )
 
         # 4. The sweeps and the race, and what they say.
-        found = find(accelerator, entered, feeds.train, loss, clip, run.seed, search, write, shown_steps)
+        some = some_evaluation(accelerator, feeds, planned, data, info, run.seed, workers)
+        judged = partial(trial_losses, accelerator, entered, feeds.judged, some, class_weights, iter)
+        trials = Trials(accelerator, entered, feeds.train, loss, clip, run.seed, judged, shown_steps)
+        found = find(trials, search, write)
     speaker.console.print(table(found))
     if found.race:
         speaker.console.print(race_table(found))

@@ -29,12 +29,15 @@ def finetune(command: Command) -> None:
     from tuning.engine import train_steps
     from tuning.entering import enter_stage
     from tuning.evaluation import evaluate, judges
-    from tuning.feeds import StageFeeds, plain_feed, stage_feeds
+    from tuning.feeds import StageFeeds, plain_feed, some_evaluation, stage_feeds
+    from tuning.hardware import hardware
     from tuning.head_fit import fit_head
     from tuning.heartbeat import beat
     from tuning.lr_auto import as_found, must_search
     from tuning.lr_finder import find, search_for
     from tuning.lr_report import draw
+    from tuning.lr_trials import Trials, trial_losses
+    from tuning.model_card import card_of_run
     from tuning.models import keep_best
     from tuning.numerical_faults import NumericalFaults
     from tuning.plan import StagePlan
@@ -121,8 +124,10 @@ def finetune(command: Command) -> None:
             """Search for the learning rate of a stage; only `progress` and the curves keep a trace."""
             search = search_for(planned.stage, flags.finder, planned_steps)
             watched = partial(boundary.watch, during="the search for a learning rate")
-            write = curves.writer_at(progress)
-            answer = find(accelerator, entered, feeds.train, loss, clip, run.seed, search, write, watched)
+            some = some_evaluation(accelerator, feeds, planned, data, info, run.seed, workers)
+            judged = partial(trial_losses, accelerator, entered, feeds.judged, some, class_weights, watched)
+            trials = Trials(accelerator, entered, feeds.train, loss, clip, run.seed, judged, watched)
+            answer = find(trials, search, curves.writer_at(progress))
             progress.searched, progress.lr = progress.stage, answer.lr
             speaker.say_found(planned, answer, planned_steps)
             if accelerator.is_main_process:
@@ -195,6 +200,7 @@ def finetune(command: Command) -> None:
                 "seconds": round(earlier_seconds + time.time() - started, 1),
                 "images_per_second": curves.images_per_second,
                 "world_size": accelerator.num_processes,
+                "hardware": hardware(accelerator.device),
                 "precision": session.precision_name(accelerator),
                 "train_images": len(data.train),
                 "eval_images": len(data.eval),
@@ -204,6 +210,7 @@ def finetune(command: Command) -> None:
             summary = make_summary(folder, best_of, run.best_by, seen)
             folder.write_summary(summary)
             plots.draw_curves(folder.metrics, folder.plots / "curves.png")
+            card_of_run(info, data.classes, folder)
             curves.finish(summary, folder.plots)
             speaker.say_finished(summary, folder, run.tracker)
         accelerator.end_training()

@@ -33,3 +33,20 @@ def write_classes(root: Path, counts: Mapping[str, int], suffix: str = ".jpg") -
             noise(16, 16, seed).save(root / name / f"{index:03d}{suffix}")
             seed += 1
     return root
+
+
+def write_colours(root: Path, train: int, val: int, strength: int) -> Path:
+    """Train and val folders of three classes that differ in colour, under noise, so many pictures of each.
+
+    Args:
+        strength: of a class's own colour channel, 0 to 255; the others are at 60, the noise has the deviation 40.
+    """
+    generator = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for channel, name in ((2, "blue"), (1, "green"), (0, "red")):
+            colour = [strength if channel == place else 60 for place in range(3)]
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.clip(generator.normal(colour, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    return root

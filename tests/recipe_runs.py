@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import multiprocessing
 import os
 import sys
@@ -65,6 +66,41 @@ def finetune_here(*flags: str) -> int:
         run_recipe(recipe.finetune, "recipes/finetune.py", presets=ROOT / "recipes" / "presets")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
+
+
+AFTER = (
+    "console",
+    "judgement",
+    "ensembles",
+    "calibration",
+    "views",
+    "judged_data",
+    "predicting",
+    "picture_files",
+    "top_classes",
+)
+
+
+def import_after() -> None:
+    """What recipes that open a run import, once, so that forked processes have it."""
+    for module in AFTER:
+        importlib.import_module(f"tuning.{module}")
+
+
+def recipe_here(folder: Path, name: str, *flags: str) -> Finished:
+    """``recipes/<name>.py`` with *flags*, in *folder*, in this process, which is a fork and ends soon."""
+    from tuning.command_line import run_recipe
+
+    os.chdir(folder)
+    sys.argv = [f"{name}.py", *flags, "--threads", "1"]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            function = getattr(importlib.import_module(name), name)
+            run_recipe(function, f"recipes/{name}.py", presets=ROOT / "recipes" / "presets")
+        except SystemExit as end:
+            return Finished(end.code if isinstance(end.code, int) else 1, out.getvalue(), err.getvalue())
+    raise AssertionError("a recipe ends its process")
 
 
 def _child(folder: Path, flags: tuple[str, ...], environment: dict[str, str | None]) -> None:

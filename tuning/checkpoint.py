@@ -1,15 +1,12 @@
 """Checkpoints on disk: complete or absent, never half; checked by digest, and read without executing code from them.
 
-`tuning.saving` writes them; this module finds, checks, loads and prunes them.
+`tuning.saving` writes them, `tuning.manifest` checks them; this module finds, loads and prunes them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +17,9 @@ from torch import Tensor, nn
 
 from tuning.entering import Entered
 from tuning.errors import UserError
-from tuning.progress import Progress
+from tuning.manifest import EMA, OPTIMIZER, WEIGHTS, Checkpoint, read
 
-MANIFEST = "manifest.json"
-WEIGHTS, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.pt"
 EMA_PREFIX = "ema/"  # of names of statistics
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk, known to be readable.
-
-    Attributes:
-        folder: holds the files.
-        progress: where the run stood.
-        world_size: processes that made it.
-        facts: what else its manifest says: versions, threads, digest of the flags.
-    """
-
-    folder: Path
-    progress: Progress
-    world_size: int
-    facts: Mapping[str, Any]
 
 
 def checkpoints(run: Path) -> Path:
@@ -53,21 +30,6 @@ def checkpoints(run: Path) -> Path:
 def name_of(step: int) -> str:
     """Name of the checkpoint after *step* optimizer steps."""
     return f"step-{step:08d}"
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sealed(manifest: Mapping[str, Any]) -> str:
-    """Text of a ``manifest.json`` with a digest of itself: no digit of it can change unseen."""
-    return json.dumps({**manifest, "sha256": _digest_of(manifest)}, indent=1)
-
-
-def _digest_of(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def find(run: Path, resume: str) -> tuple[Checkpoint | None, list[str]]:
@@ -103,36 +65,6 @@ def refuse_other_config(found: Checkpoint | None, facts: Mapping[str, Any]) -> N
             f"--resume: {found.folder} was made under other flags than the run's config.yaml says. Put that back, or "
             "start a new run in another --output."
         )
-
-
-def read(folder: Path) -> Checkpoint:
-    """Check a checkpoint against its manifest, file by file.
-
-    Raises:
-        UserError: no manifest, or a file that is missing or differs from it.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.pop("sha256") != _digest_of(manifest):
-            raise ValueError
-        files = {str(name): (int(file["bytes"]), str(file["sha256"])) for name, file in manifest["files"].items()}
-        progress, world_size = Progress.from_json(manifest["progress"]), int(manifest["world_size"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
-        raise UserError(
-            f"{folder} is no complete checkpoint: {MANIFEST} is missing or damaged. --resume auto takes the newest "
-            "good one."
-        ) from None
-    for name in (WEIGHTS, OPTIMIZER, *files):
-        if name not in files or not _is_intact(folder / name, *files[name]):
-            raise UserError(f"{folder}: {name} is missing or damaged. --resume auto takes the newest good one.")
-    return Checkpoint(folder, progress, world_size, manifest)
-
-
-def _is_intact(path: Path, size: int, sha256: str) -> bool:
-    try:
-        return path.stat().st_size == size and digest(path) == sha256
-    except (OSError, ValueError):
-        return False
 
 
 def _newest_first(run: Path) -> list[Path]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tuning.coerce import as_key, coerce, field_types
 from tuning.errors import UserError
 from tuning.flags import Flags
+from tuning.run_defaults import OPENING
 from tuning.stages import Stage
 
 ONLY_WITHOUT_STAGES = ("freeze_epochs", "freeze_lr", "cache_features", "epochs", "unfreeze")
@@ -23,15 +25,41 @@ NEEDS = {  # flag: what another flag must be for it to have an effect
     "focal_gamma": ("loss", ("focal",)),
 }
 LOWEST = {  # smallest value: whole numbers
-    0: ("workers", "freeze_epochs", "epochs", "seed", "save_every", "check_steps", "near_bits"),
+    0: (
+        *("workers", "freeze_epochs", "epochs", "seed", "save_every", "check_steps", "near_bits"),
+        *("bootstrap", "latency_repeats"),
+    ),
     1: (
         *("limit_train", "limit_eval", "batch_size", "micro_batch", "lr_batch"),
         *("keep", "log_every", "threads", "max_steps", "max_skipped", "overfit_steps", "min_side"),
-        "finder_sweeps",
+        *("finder_sweeps", "top_k", "check_images"),
     ),
     10: ("finder_steps",),
 }
-GROUPS_OF_RECIPES = {"overfit": "recipes/overfit.py", "check": "recipes/check.py", "finder": "recipes/find_lr.py"}
+GROUPS_OF_RECIPES = {
+    "overfit": ("recipes/overfit.py",),
+    "check": ("recipes/check.py",),
+    "finder": ("recipes/find_lr.py",),
+    "opened": OPENING,
+    "evaluate": ("recipes/evaluate.py",),
+    "predict": ("recipes/predict.py",),
+    "export": ("recipes/export.py",),
+}
+_ANY_RUN = ("output", "precision", "threads", "timeout", "preset", "config", "print_config")
+_MODEL = ("run", "model", "weights", "image_size", "crop_pct", "micro_batch", "workers")
+USED = {  # flags that recipes know which train nothing; all others are refused when they are typed
+    "recipes/evaluate.py": (
+        *(*_ANY_RUN, *_MODEL, "calibrate", "tta", "ensemble", "bootstrap"),
+        *("data", "image_column", "label_column", "train_split", "eval_split", "limit_eval"),
+    ),
+    "recipes/predict.py": (*_ANY_RUN, *_MODEL, "images", "top_k"),
+    "recipes/export.py": (
+        *("run", "output", "threads", "dry_run", "preset", "config", "print_config"),
+        *("format", "export_input", "tolerance", "check_images", "latency_repeats", "license", "metrics"),
+        *("push", "push_wandb"),
+        *("data", "image_column", "label_column", "train_split", "eval_split", "limit_eval"),
+    ),
+}
 LONGEST_WAIT = 60.0 * 24 * 7  # minutes; a time-out that never ends would hide what hangs
 ONLY_WITHIN_A_RUN = ("finder_at", "finder_share")  # of the finder flags
 
@@ -95,6 +123,7 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
     check("give a norm above 0, or 0 for off", lambda x: 0 <= x < math.inf, "clip_norm")
     check("give a number above 0", above_0, "clip_value", "clip_agc")
     check("give a loss above 0, for example 0.1", above_0, "overfit_target")
+    check("give a difference of logits above 0, for example 1e-3", above_0, "tolerance")
     check("give a share in (0, 1], for example 0.1", lambda x: 0 < x <= 1, "finder_share")
     check("give 0, or a whole number from 10", lambda x: x == 0 or x >= 10, "finder_race")
     check("give a share in [0, 1], for example 0.01", lambda x: 0 <= x <= 1, "max_unreadable")
@@ -112,10 +141,15 @@ def refuse_without_effect(
     values, before = flat(flags), flat(default)
     typed = [key for key in values if values[key] != before[key]]
     for key in typed:
-        owner = _owner(flags, key, recipe, stages)
-        if recipe.startswith("recipes/") and recipe != owner:
+        if key not in USED.get(recipe, (key,)):
             flag = key.replace("_", "-")
-            raise UserError(f"--{flag} {values[key]} is for {owner} and has no effect in {recipe}. Drop it.")
+            raise UserError(f"--{flag} {_said(values[key])} has no effect in {recipe}, which trains nothing. Drop it.")
+        owners = _owners(flags, key, recipe, stages)
+        if recipe.startswith("recipes/") and recipe not in owners:
+            flag, owner = key.replace("_", "-"), " and ".join(owners)
+            raise UserError(f"--{flag} {_said(values[key])} is for {owner} and has no effect in {recipe}. Drop it.")
+    if recipe in OPENING:
+        _check_opening(flags, typed, recipe)
     if listed is not None:
         own = {as_key(key) for stage in listed for key in stage} | set(ONLY_WITHOUT_STAGES)
         for key in typed:
@@ -141,14 +175,40 @@ def refuse_without_effect(
             )
 
 
-def _owner(flags: Flags, key: str, recipe: str, stages: Sequence[Stage]) -> str:
-    """The recipe that a flag is for; *recipe* itself if it is for all."""
+def _said(value: Any) -> str:
+    """A value as it was typed."""
+    return " ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _check_opening(flags: Flags, typed: Sequence[str], recipe: str) -> None:
+    """What recipes that open something trained refuse; ``--print-config`` needs nothing to open."""
+    opened, evaluate = flags.opened.run, flags.evaluate
+    for key in ("model", "weights"):
+        if opened is not None and key in typed:
+            raise UserError(f"--{key} {getattr(flags.model, key)}: --run {opened} is the model. Give one of the two.")
+    if opened is None and (evaluate.ensemble or evaluate.calibrate):
+        flag = "--ensemble" if evaluate.ensemble else "--calibrate"
+        raise UserError(f"{flag} needs --run, a run or a timm folder.")
+    if evaluate.calibrate and (evaluate.ensemble or evaluate.tta != "none"):
+        flag = "--ensemble" if evaluate.ensemble else f"--tta {evaluate.tta}"
+        raise UserError(f"--calibrate stores a temperature for one model as it is; leave {flag} out.")
+    members = [os.path.realpath(path) for path in (opened, *evaluate.ensemble) if path]
+    if len({*members}) < len(members):
+        raise UserError("--ensemble: the same model twice is no ensemble. Name each once.")
+    nothing = opened is None and flags.model == Flags().model and flags.data == Flags().data
+    if recipe == "recipes/evaluate.py" and nothing and not flags.run.print_config:
+        raise UserError("Give what is to be judged: --run R, or --model (with --weights) and --data.")
+
+
+def _owners(flags: Flags, key: str, recipe: str, stages: Sequence[Stage]) -> tuple[str, ...]:
+    """The recipes that a flag is for; *recipe* itself if it is for all."""
     searches = any(stage.find_lr for stage in stages) and recipe == "recipes/finetune.py"
     if key in ONLY_WITHIN_A_RUN:
-        return recipe if searches else "--lr auto of recipes/finetune.py"
+        return (recipe if searches else "--lr auto of recipes/finetune.py",)
     if searches and key in vars(flags.finder) and key != "stage":
-        return recipe
-    return next((owner for group, owner in GROUPS_OF_RECIPES.items() if key in vars(getattr(flags, group))), recipe)
+        return (recipe,)
+    own = (owners for group, owners in GROUPS_OF_RECIPES.items() if key in vars(getattr(flags, group)))
+    return next(own, (recipe,))
 
 
 def _check_combinations(flags: Flags) -> None:

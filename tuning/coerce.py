@@ -100,7 +100,7 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def coerce(value: Any, wanted: Any, where: str) -> Any:
-    """*value* as the type *wanted* (int, float, str, bool, Literal, or a union of these).
+    """*value* as the type *wanted* (int, float, str, bool, Literal, or a union or a tuple of these).
 
     Raises:
         UserError: when no member of the type accepts the value; names *where* it was read.
@@ -125,7 +125,9 @@ def _as_member(value: Any, member: Any) -> Any:
         return _require(value is None or value in ("None", "none", "null"), None)
     if get_origin(member) is Literal:
         return _require(value in get_args(member), value)
-    if value is None or isinstance(value, list | dict | set | bytes):
+    if get_origin(member) is tuple:  # of any length
+        return tuple(_as_member(one, get_args(member)[0]) for one in _require(isinstance(value, list | tuple), value))
+    if value is None or isinstance(value, list | tuple | dict | set | bytes):
         raise TypeError
     if member is bool:
         return _require(isinstance(value, bool), value)
@@ -161,6 +163,8 @@ def _describe(wanted: Any) -> str:
     for member in _members(wanted):
         if get_origin(member) is Literal:
             parts += [repr(v) for v in get_args(member)]
+        elif get_origin(member) is tuple:
+            parts.append("a list")
         else:
             parts.append(names[member])
     return " or ".join(parts)

@@ -18,15 +18,30 @@ from tuning.checks import check_flags, flat, refuse_without_effect
 from tuning.coerce import coerce, field_types, read_yaml, shown
 from tuning.echoes import RESUME, ProcessLost, first_error
 from tuning.errors import UserError, did_you_mean
-from tuning.flags import Flags
+from tuning.flags import Flags, OptimisationFlags
+from tuning.run_defaults import OPENING, data_of_run
 from tuning.sizes import scaled_lr
 from tuning.stages import Stage, check_stage, read_stages, standard_stages
 
 # Where a run goes and whether it runs is not part of what it is: config.yaml leaves these out.
-NOT_IN_CONFIG = ("output", "run_name", "resume", "stop_after", "dry_run", "preset", "config", "print_config")
+NOT_IN_CONFIG = (
+    "run",
+    "metrics",
+    "push",
+    "push_wandb",
+    "ensemble",
+    "images",
+    "output",
+    "run_name",
+    "resume",
+    "stop_after",
+    "dry_run",
+    "preset",
+    "config",
+    "print_config",
+)
 COMMAND_LINE_ONLY = ("preset", "config", "print_config")
 DEMO_PRESET = "demo"
-DEFAULT_LR = 3e-4  # of --lr auto without a confident answer
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,7 @@ def run_recipe(recipe: Recipe, name: str, presets: Path) -> NoReturn:
         _say(f"error (process {_rank()}): {error}")
         sys.exit(1)
     except KeyboardInterrupt as error:
-        _say_stopped(error)
+        _say_stopped(error, "Start it again." if name in OPENING else RESUME)
         sys.exit(0 if launcher.restarts() else 75)
     sys.exit(0)
 
@@ -130,11 +145,11 @@ def _report(error: UserError) -> None:
     _say(f"error{where}: {error}")
 
 
-def _say_stopped(error: KeyboardInterrupt) -> None:
+def _say_stopped(error: KeyboardInterrupt, remedy: str) -> None:
     """All processes stop together, so rank 0 speaks for them."""
     reason = str(error) or "Ctrl-C"
     if _rank() == 0:
-        _say(f"stopped on {reason}; {RESUME}")
+        _say(f"stopped on {reason}; {remedy}")
 
 
 def _rank() -> int:
@@ -152,7 +167,7 @@ def parse_command(argv: Sequence[str], name: str, description: str, presets: Pat
         UserError: a value, a key or a combination that can't work.
         SystemExit: 2 on a malformed command line, 0 on ``--help``; the message has been printed.
     """
-    values, listed, where = _read_file(argv, presets)
+    values, listed, where = _read_file(argv, presets, name)
     default = _with_values(Flags(), values, where)
     flags = _typed_decay_wins(_parse(argv, name, description, default), default)
     check_flags(flags)
@@ -185,10 +200,13 @@ def _parse(argv: Sequence[str], name: str, description: str, default: Flags) -> 
     )
 
 
-def _read_file(argv: Sequence[str], presets: Path) -> tuple[dict[str, Any], list[Any] | None, str]:
-    """The YAML file that supplies defaults: --config, --preset, or for the demo without either its own preset."""
+def _read_file(argv: Sequence[str], presets: Path, recipe: str) -> tuple[dict[str, Any], list[Any] | None, str]:
+    """The YAML file that supplies defaults: --config, --preset, or for the demo without either its own preset.
+
+    Recipes that open a run take its data flags.
+    """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--config", "--preset", "--data"):
+    for flag in ("--config", "--preset", "--data", "--run"):
         early.add_argument(flag)
     try:
         given, _ = early.parse_known_args(list(argv))
@@ -200,6 +218,9 @@ def _read_file(argv: Sequence[str], presets: Path) -> tuple[dict[str, Any], list
         return _load_yaml(Path(given.config), "--config")
     if given.preset:
         return _load_yaml(_preset_path(given.preset, presets), "--preset")
+    if recipe in OPENING:
+        values, where = data_of_run(Path(given.run), given.data) if given.run else ({}, "")
+        return values, None, where
     if given.data in (None, "demo"):
         return _load_yaml(presets / f"{DEMO_PRESET}.yaml", "--preset")
     return {}, None, ""
@@ -276,7 +297,7 @@ def _base_stage(flags: Flags) -> Stage:
     if flags.optimisation.layer_decay is None and flags.optimisation.lr_ratio is None:
         given["lr_ratio"] = 1.0 if flags.model.weights == "none" else 0.1
     if flags.optimisation.lr == "auto":
-        given |= {"lr": DEFAULT_LR, "find_lr": True}
+        given |= {"lr": OptimisationFlags.lr, "find_lr": True}
     if flags.staging.batch_norm == "auto":
         given["batch_norm"] = "train" if flags.model.weights == "none" else "frozen"
     return Stage(name="all", open="all", **given)

@@ -76,7 +76,7 @@ class OptimisationFlags:
     """Any optimizer of timm's factory: adamw, sgd (with momentum), lamb, lion, ..."""
     lr: float | Literal["auto"] = 3e-4
     """Peak learning rate of the head; lower layers follow from --lr-ratio or --layer-decay. auto = what the LR finder
-    says, 3e-4 if it has no confident answer."""
+    says; without a confident answer 3e-4 (1e-4 on a transformer), SGD 1e-2, Lion 3e-5 (1e-5)."""
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"
     """Multiply --lr by batch size / --lr-batch (Goyal et al. 2017), or by its square root."""
     lr_batch: int = 256
@@ -162,7 +162,8 @@ class RegularisationFlags:
 @dataclass(frozen=True)
 class RunFlags:
     output: str | None = None
-    """Folder of the run. Default: runs/<time>-<model>-<data>."""
+    """Folder of the run, or of what another recipe writes. Default: runs/<time>-<model>-<data>. recipes/predict.py: a
+    file that ends in .csv, .jsonl or .parquet; default: predictions.csv."""
     run_name: str | None = None
     """Name in the tracker. Default: the name of the output folder."""
     seed: int = 0
@@ -204,7 +205,7 @@ class RunFlags:
     threads: int | Literal["auto"] = "auto"
     """CPU threads per process for training on a CPU. auto = CPU cores / processes on this machine."""
     dry_run: bool = False
-    """Print the plan, write plots/schedule.png and stop."""
+    """Print the plan, write plots/schedule.png and stop. recipes/export.py: say what would be written and uploaded."""
     preset: str | None = None
     """Name of a file in recipes/presets/ or path of a YAML file with flag values and a list of stages."""
     config: str | None = None
@@ -245,6 +246,62 @@ class CheckFlags:
 
 
 @dataclass(frozen=True)
+class ExportFlags:
+    format: Literal["timm", "onnx", "exported-program"] = "onnx"
+    """What recipes/export.py writes: onnx; exported-program = torch.export's, a .pt2 file; timm = a folder for
+    timm.create_model("local-dir:...")."""
+    export_input: Literal["uint8", "float"] | None = None
+    """What goes into the export: uint8 = RGB from 0 to 255, normalised inside the network; float = float32, already
+    normalised. Default: uint8; for a timm folder float, which can't be otherwise."""
+    tolerance: float = 1e-3
+    """Largest difference between a logit of the export and of the original on real pictures, beyond which
+    recipes/export.py refuses the export. 1e-3 moves no probability by more than 0.0005."""
+    check_images: int = 256
+    """Evaluation pictures, at most, on which recipes/export.py compares the two."""
+    latency_repeats: int = 20
+    """Forward passes of every batch size that recipes/export.py times, in turns with the original; 0 = none."""
+    license: str | None = None
+    """Licence of the exported model in the header of its model card, for example apache-2.0. Default: unknown."""
+    metrics: str | None = None
+    """metrics.json of recipes/evaluate.py for the model card. Default: evaluation/metrics.json of the run if there is
+    one, else the run's own best evaluation."""
+    push: str | None = None
+    """Upload the export to this repository OWNER/NAME of the Hugging Face hub, private if it is new."""
+    push_wandb: bool = False
+    """Upload the export as a W&B artifact of the training run."""
+
+
+@dataclass(frozen=True)
+class OpenedFlags:
+    run: str | None = None
+    """What was trained, for recipes/evaluate.py, predict.py and export.py: the folder of a run, one of its checkpoints,
+    or a folder in timm's format. Default: --model with its --weights; export.py has none."""
+
+
+@dataclass(frozen=True)
+class EvaluateFlags:
+    calibrate: bool = False
+    """recipes/evaluate.py fits a temperature (Guo et al. 2017) on the evaluation pictures of the run and stores it with
+    the model."""
+    tta: Literal["none", "flip", "flips", "dihedral"] = "none"
+    """Views of a picture over which recipes/evaluate.py averages probabilities: flip = and its mirror image; flips =
+    both axes, four views; dihedral = and turned by 90 degrees, eight views."""
+    ensemble: tuple[str, ...] = ()
+    """More runs, checkpoints or timm folders: recipes/evaluate.py judges each, the mean of their probabilities together
+    with --run, and their averaged weights where the architectures agree."""
+    bootstrap: int = 1000
+    """Resamples behind the 95 % intervals of recipes/evaluate.py; 0 = no intervals."""
+
+
+@dataclass(frozen=True)
+class PredictFlags:
+    images: tuple[str, ...] = ()
+    """Pictures for recipes/predict.py: files, folders (searched to the bottom) and quoted globs."""
+    top_k: int = 1
+    """Classes a picture in the output of recipes/predict.py, most probable first."""
+
+
+@dataclass(frozen=True)
 class FinderFlags:
     finder_start: float | None = None
     """Lowest learning rate of the head that the LR finder tries. Default: 1e-6; SGD 1e-5, Lion 1e-7."""
@@ -280,5 +337,9 @@ class Flags:
     regularisation: RegularisationFlags = field(default_factory=RegularisationFlags)
     overfit: OverfitFlags = field(default_factory=OverfitFlags)
     check: CheckFlags = field(default_factory=CheckFlags)
+    export: ExportFlags = field(default_factory=ExportFlags)
     run: RunFlags = field(default_factory=RunFlags)
     finder: FinderFlags = field(default_factory=FinderFlags)
+    opened: OpenedFlags = field(default_factory=OpenedFlags)
+    evaluate: EvaluateFlags = field(default_factory=EvaluateFlags)
+    predict: PredictFlags = field(default_factory=PredictFlags)

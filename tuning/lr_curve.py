@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,17 +36,6 @@ EXPLAINED = {
     NOISY: "the fall of the loss doesn't stand out from its noise; more images a step or more steps may help",
     DIVERGES: "the loss rises from the first steps on; begin at a lower learning rate",
     EDGE: "the loss still falls at the highest learning rate; end at a higher one",
-}
-# Kinds of optimizers, by what their names in timm's factory hold; the others scale their steps as Adam does.
-PLAIN, SIGN = ("sgd", "momentum", "nesterov", "lars", "larc"), ("lion",)
-Range = tuple[float, float]
-Part = Literal["head", "transformer", "other"]
-# Learning rates of the head worth trying, and those that --lr auto may take: head alone, transformer, other network.
-SWEPT: dict[str, Range] = {"plain": (1e-5, 10.0), "adaptive": (1e-6, 1.0), "sign": (1e-7, 0.1)}
-TAKEN: dict[str, dict[Part, Range]] = {
-    "plain": {"head": (1e-3, 10.0), "transformer": (1e-4, 0.1), "other": (1e-3, 1.0)},
-    "adaptive": {"head": (1e-5, 0.1), "transformer": (1e-6, 1e-3), "other": (1e-5, 1e-2)},
-    "sign": {"head": (1e-6, 1e-2), "transformer": (1e-7, 1e-4), "other": (1e-6, 1e-3)},
 }
 
 
@@ -139,27 +127,6 @@ def _why_no_band(suggestions: Sequence[Suggestion], chosen: Sequence[float]) -> 
     if chosen[-1] > WIDEST_BAND * chosen[0]:
         return f"sweeps disagree: they chose from {chosen[0]:.1e} to {chosen[-1]:.1e}"
     return ""
-
-
-def kind_of(optimizer: str) -> str:
-    """``plain`` (steps grow with the gradient), ``sign`` or ``adaptive``, for a name of timm's factory."""
-    name = optimizer.lower()
-    for kind, words in (("plain", PLAIN), ("sign", SIGN)):
-        if any(word in name for word in words):
-            return kind
-    return "adaptive"
-
-
-def taken(optimizer: str, part: Part) -> Range:
-    """Lowest and highest learning rate known to work (`TAKEN`) for what a stage trains: AdamW on a whole transformer,
-    for example, between 1e-6 and 1e-3."""
-    return TAKEN[kind_of(optimizer)][part]
-
-
-def clamped(lr: float, optimizer: str, part: Part) -> float:
-    """*lr* brought into the range that is `taken`."""
-    low, high = taken(optimizer, part)
-    return min(max(lr, low), high)
 
 
 def smoothing(lrs: Sequence[float] | Values) -> float:

@@ -5,22 +5,19 @@ Both run on the one training loop and are taken back.
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from accelerate import Accelerator
-
-from tuning.clipping import Clip
-from tuning.data.loader import Feed
-from tuning.entering import Entered
 from tuning.errors import UserError
 from tuning.flags import FinderFlags
-from tuning.losses import Loss
-from tuning.lr_curve import SWEPT, Band, band, clamped, kind_of
+from tuning.lr_auto import part_of
+from tuning.lr_curve import Band, band
 from tuning.lr_race import Candidate, affordable, winner
-from tuning.lr_trials import Search, Sweep, Watch, part_of, race, sweep, uncounted
+from tuning.lr_ranges import SWEPT, clamped, kind_of
+from tuning.lr_trials import Search, Sweep, Trials, judged_untrained, race, sweep, uncounted
 from tuning.plan import StagePlan
 from tuning.stages import Stage, stage_number
 
@@ -50,7 +47,7 @@ class Found:
     @property
     def steps(self) -> int:
         """Optimizer steps of all sweeps and candidates."""
-        return sum(len(sweep.losses) for sweep in self.sweeps) + sum(len(ran.losses) for ran in self.race)
+        return sum(len(sweep.losses) for sweep in self.sweeps) + sum(ran.steps for ran in self.race)
 
     def answer(self) -> dict[str, float]:
         """``lr_finder/chosen``, if there is one, and the band as ``lr_finder/low`` and ``lr_finder/high``."""
@@ -61,7 +58,7 @@ class Found:
         """The answer, what it rests on and what it cost, in a few clauses."""
         rests = [f"no confident answer ({self.reason})" if self.lr is None else f"{self.lr:.2e}"]
         if self.race and self.lr is not None:
-            rests.append(f"it won a race of {len(self.race)} over {self.race[0].steps} steps")
+            rests.append(f"it won a race of {len(self.race)} over {max(c.steps for c in self.race)} steps")
         elif self.lr is not None and self.lr != self.band.chosen:
             rests[0] += f", brought there from {self.band.chosen:.2e}"
         if self.band.low is not None:
@@ -102,46 +99,28 @@ def chosen_stage(plan: Sequence[StagePlan], stage: str | None) -> int:
     return stage_number([planned.stage for planned in plan], stage, "--stage")
 
 
-def find(
-    accelerator: Accelerator,
-    entered: Entered,
-    feed: Feed,
-    loss: Loss,
-    clip: Clip,
-    seed: int,
-    search: Search,
-    write: Write,
-    watch: Watch = iter,
-) -> Found:
+def find(trials: Trials, search: Search, write: Write) -> Found:
     """Sweep, race, write ``lr_finder/...`` and answer. All processes take part; everything is put back as it was.
 
-    The wrapper of *entered* has been used: `enter_stage` makes a new one before training, with the rate that was found.
-
     Args:
-        feed: of the stage; the trials take images from epochs that training doesn't reach.
         write: takes ``lr_finder/lr``, ``lr_finder/log10_lr``, ``lr_finder/loss``, ``lr_finder/sweep`` and the number
             of the record, 1 the first; then ``lr_finder/race_lr`` and ``lr_finder/race_loss``; at the end the answer.
-        watch: what the trials' steps go through; may end the search by an exception, on all processes at once.
     """
-    began, quiet, sweeps, done = time.monotonic(), uncounted(feed), [], 0
+    began, stage = time.monotonic(), trials.entered.stage
+    trials, written = dataclasses.replace(trials, feed=uncounted(trials.feed)), itertools.count(1)
+    sweeps = []
     for number in range(search.sweeps):
-        swept = sweep(accelerator, entered, quiet, loss, clip, seed, search, number, watch)
-        for lr, value in zip(swept.lrs, swept.losses, strict=True):
-            done += 1
-            place = {"lr_finder/lr": lr, "lr_finder/log10_lr": math.log10(lr), "lr_finder/sweep": float(number + 1)}
-            write({**place, "lr_finder/loss": value}, done)
-        sweeps.append(swept)
+        sweeps.append(sweep(trials, search, number))
+        for record in sweeps[-1].records(number):
+            write(record, next(written))
     said = band([(swept.lrs, swept.losses) for swept in sweeps])
-    centre = clamped(said.chosen or entered.stage.lr, entered.stage.optimizer, part_of(entered))
-    chosen, reason = None if said.chosen is None else centre, said.reason
-    ran: tuple[Candidate, ...] = ()
+    centre = clamped(said.chosen or stage.lr, stage.optimizer, part_of(stage, trials.entered.model))
+    chosen, reason, ran = None if said.chosen is None else centre, said.reason, tuple[Candidate, ...]()
     if search.race:
-        ran = race(accelerator, entered, quiet, loss, clip, seed, centre, search.race, watch)
+        ran = race(trials, centre, search.race)
         for candidate in ran:
-            done += 1
-            place = {"lr_finder/race_lr": candidate.lr, "lr_finder/log10_lr": math.log10(candidate.lr)}
-            write({**place, "lr_finder/race_loss": candidate.score}, done)
-        chosen, reason = winner(ran)
+            write(candidate.record(), next(written))
+        chosen, reason = winner(ran, judged_untrained(trials))
     found = Found(chosen, reason, said, tuple(sweeps), ran, time.monotonic() - began)
-    write(found.answer(), done + 1)
+    write(found.answer(), next(written))
     return found

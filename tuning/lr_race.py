@@ -1,7 +1,8 @@
 """A short race between learning rates: who runs next, who won, and what a search may cost. Imports no torch.
 
 A range test sees every learning rate for one step. Which of two rates is better after many steps it can't tell, so the
-candidates around its answer train for some steps each, from the same start and on the same images.
+candidates around its answer train for some steps each, from the same start and on the same images; then the evaluation
+images judge them.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tuning.lr_curve import EXPLAINED, FLAT, SMALLEST_DROP
-
-RUNGS_A_DECADE = 2
-MOST = 7  # candidates
-USUAL = 5  # candidates that a race is expected to need
-FEWEST_STEPS, FEWEST_RACED = 30, 32  # of a sweep, of a candidate
+RUNGS_A_DECADE = 4
+WIDE = 2  # rungs between the first candidates; those beside the best of them come last
+MOST = 9  # candidates
+USUAL = 6  # candidates that a race is expected to need
+FEWEST_STEPS, FEWEST_RACED = 30, 40  # of a sweep, of a candidate
 SMALLEST_SEARCH = FEWEST_STEPS + USUAL * FEWEST_RACED  # optimizer steps; a search for less would be guesswork
+CLEARLY = 3.0  # standard errors that the winner must be better than the start
 
 
 @dataclass(frozen=True)
@@ -25,76 +26,110 @@ class Candidate:
 
     Attributes:
         lr: peak learning rate of the head.
-        losses: of every step; fewer than `steps` if they diverged.
-        steps: of the race.
+        steps: that it trained; fewer than those of the race if it diverged.
+        judged: loss of every evaluation image afterwards; empty if it diverged.
     """
 
     lr: float
-    losses: tuple[float, ...]
     steps: int
+    judged: tuple[float, ...]
 
     @property
     def score(self) -> float:
-        """Mean loss of the last third, each on images before it trains on them; infinite if it diverged."""
-        if len(self.losses) < self.steps or not all(map(math.isfinite, self.losses)):
-            return math.inf
-        last = self.losses[-max(1, self.steps // 3) :]
-        return sum(last) / len(last)
+        """Mean loss of the evaluation images; infinite if it diverged."""
+        mean = sum(self.judged) / len(self.judged) if self.judged else math.inf
+        return mean if math.isfinite(mean) else math.inf
+
+    def record(self) -> dict[str, float]:
+        """For ``metrics.jsonl``."""
+        place = {"lr_finder/race_lr": self.lr, "lr_finder/log10_lr": math.log10(self.lr)}
+        return {**place, "lr_finder/race_loss": self.score}
 
 
-def rung_lr(centre: float, rung: float) -> float:
-    """The learning rate *rung* half-decades above *centre*."""
+def rung_lr(centre: float, rung: int) -> float:
+    """The learning rate *rung* quarters of a decade above *centre*."""
     return centre * 10 ** (rung / RUNGS_A_DECADE)
 
 
 def next_rung(scores: Mapping[int, float], centre: float, low: float, high: float) -> int | None:
-    """Who runs next: the centre, one beside it, then on beside the best so far; None when that has both neighbours.
+    """Who runs next, in quarters of a decade from the centre; None when the race is over.
+
+    The centre, then one half a decade away, then on beside the best of these until it has both neighbours, or the
+    lowest while all diverge; then the two a quarter of a decade beside it.
 
     Args:
-        scores: of the rungs that ran, lower is better.
+        scores: of the rungs that ran, lower is better, infinite if they diverged.
         low, high: learning rates that no candidate goes beyond.
     """
     if not scores:
         return 0
     if len(scores) >= MOST:
         return None
-    best = min(scores, key=lambda rung: (scores[rung], abs(rung)))
-    beside = [rung for rung in (best - 1, best + 1) if rung not in scores]
-    inside = [rung for rung in beside if low * 0.999 <= rung_lr(centre, rung) <= high * 1.001]
-    return inside[0] if inside else None
+    wide = [rung for rung in scores if rung % WIDE == 0]
+    best = min(wide, key=lambda rung: (scores[rung], abs(rung) if math.isfinite(scores[rung]) else rung))
+    beside = [best - WIDE, best + WIDE] if math.isinf(scores[best]) else [best - WIDE, best + WIDE, best - 1, best + 1]
+    left = [rung for rung in beside if rung not in scores and low * 0.999 <= rung_lr(centre, rung) <= high * 1.001]
+    return left[0] if left else None
 
 
-def winner(candidates: Sequence[Candidate]) -> tuple[float | None, str]:
-    """The learning rate at which the score is lowest; or None and why.
+def winner(candidates: Sequence[Candidate], start: Sequence[float]) -> tuple[float | None, str]:
+    """The middle, on the log axis, of the best learning rate and those beside it that are as good; or None and why.
 
-    It is that of the best candidate, moved to the bottom of the parabola through its score and those of its neighbours
-    over the log of the learning rate, by a quarter of a decade at most. None when all diverged, or when the loss of the
-    best ends less than 5 % below that of the first steps.
+    As good: the mean over the images of what the best is ahead is within a standard error of that mean, and so for all
+    between. None when all diverged; when the best is not clearly better than the start, by three standard errors; and
+    when it is, but neither neighbour: one trial has luck, a learning rate among others that learn has less need of it.
+
+    Args:
+        candidates: lowest learning rate first.
+        start: loss of every evaluation image before any training, the same images in the same order.
     """
-    place = min(range(len(candidates)), key=lambda number: candidates[number].score)
-    best = candidates[place]
-    if math.isinf(best.score):
-        return None, f"all diverge: every candidate from {candidates[0].lr:.1e} to {candidates[-1].lr:.1e}"
-    first = best.losses[: max(1, best.steps // 10)]
-    level = sum(first) / len(first)
-    if level - best.score < SMALLEST_DROP * abs(level):
-        return None, f"{FLAT}: {EXPLAINED[FLAT]}"
-    beside = [candidates[number].score for number in (place - 1, place + 1) if 0 <= number < len(candidates)]
-    return rung_lr(best.lr, _bottom(beside[0], best.score, beside[1]) if len(beside) == 2 else 0.0), ""
+    best = min(range(len(candidates)), key=lambda place: candidates[place].score)
+    first, lr, steps = candidates[0].lr, candidates[best].lr, candidates[best].steps
+    if math.isinf(candidates[best].score):
+        return None, f"all diverge: every candidate from {first:.1e} to {candidates[-1].lr:.1e}"
+    clear = [_ahead(candidate.judged, start) > CLEARLY for candidate in candidates]
+    if not clear[best]:
+        told = f"after {steps} steps no candidate is clearly better on the {len(start)} evaluation images than before"
+        return None, f"nothing learned: {told}"
+    if len(clear) > 1 and not any(clear[place] for place in (best - 1, best + 1) if 0 <= place < len(clear)):
+        return None, f"chance: after {steps} steps {lr:.1e} is clearly better than before, those beside it are not"
+    alike = [candidate.lr for candidate in _alike(candidates, best)]
+    return math.exp(sum(map(math.log, alike)) / len(alike)), ""
 
 
-def _bottom(below: float, best: float, above: float) -> float:
-    """Where the parabola through three scores is lowest, in rungs from the middle one, which is the lowest of them."""
-    bend = below - 2 * best + above
-    if math.isinf(bend):  # one of them diverged: as near to the other as the bottom can be
-        return 0.0 if below == above else -0.5 if above > below else 0.5
-    return 0.5 * (below - above) / bend if bend > 0 else 0.0
+def _alike(candidates: Sequence[Candidate], best: int) -> Sequence[Candidate]:
+    """The best and, on either side, those that follow on it as long as it is not ahead of them by a standard error."""
+
+    def is_alike(place: int) -> bool:
+        inside = 0 <= place < len(candidates) and bool(candidates[place].judged)
+        return inside and _ahead(candidates[best].judged, candidates[place].judged) <= 1
+
+    low = high = best
+    while is_alike(low - 1):
+        low -= 1
+    while is_alike(high + 1):
+        high += 1
+    return candidates[low : high + 1]
+
+
+def _ahead(losses: Sequence[float], others: Sequence[float]) -> float:
+    """By how many standard errors of the mean difference *losses* are below *others*, image by image; below 0 if not.
+
+    Losses of a trial that diverged, of which there are none, are far behind.
+    """
+    if not losses:
+        return -math.inf
+    differences = [other - loss for loss, other in zip(losses, others, strict=True)]
+    mean = sum(differences) / len(differences)
+    variance = sum((difference - mean) ** 2 for difference in differences) / max(1, len(differences) - 1)
+    error = math.sqrt(variance / len(differences))
+    return mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
 
 
 def affordable(planned: int, share: float, steps: int, sweeps: int, raced: int) -> tuple[int, int, int]:
     """(steps a sweep, sweeps, steps a candidate) of a search that costs a *share* of the run's *planned* steps.
 
-    Never less than `SMALLEST_SEARCH` steps: with less there is no answer worth having. A race gets what five candidates
+    Never less than `SMALLEST_SEARCH` steps: with less there is no answer worth having. A race gets what six candidates
     need, sweeps the rest; sweeps are given up before they get shorter than 30 steps.
     """
     budget = max(SMALLEST_SEARCH, int(share * planned))

@@ -28,7 +28,7 @@ def facts(found: Found) -> dict[str, Any]:
         "band": [found.band.low, found.band.high],
         "steps": found.steps,
         "sweeps": sweeps,
-        "race": [{"lr": c.lr, "loss": finite(c.score), "steps": len(c.losses)} for c in found.race],
+        "race": [{"lr": c.lr, "loss": finite(c.score), "steps": c.steps} for c in found.race],
     }
 
 
@@ -56,7 +56,14 @@ def draw(found: Found, path: Path) -> None:
         axes.plot(swept.lrs, _drawable(smooth), linewidth=1, color=colour, label=f"sweep {number + 1}, {swept.ended}")
     if found.race:
         lrs, scores = [c.lr for c in found.race], _drawable(c.score for c in found.race)
-        axes.plot(lrs, scores, "D--", color="black", markersize=4, label=f"after {found.race[0].steps} steps at it")
+        axes.plot(
+            lrs,
+            scores,
+            "D--",
+            color="black",
+            markersize=4,
+            label=f"evaluation, after {found.race[0].steps} steps at it",
+        )
     low, high = found.band.low, found.band.high
     if low is not None and high is not None:
         axes.axvspan(low, high, color="grey", alpha=0.2, label="choices of the sweeps")
@@ -72,13 +79,13 @@ def draw(found: Found, path: Path) -> None:
 
 
 def race_table(found: Found) -> Table:
-    """One row a candidate: where its loss ended."""
+    """One row a candidate: the evaluation loss where it ended, at its best temperature."""
     shown = Table(title="Race, learning rate of the head", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for heading in ("learning rate", "steps", "loss at the end"):
+    for heading in ("learning rate", "steps", "evaluation loss"):
         shown.add_column(heading, justify="right")
     for candidate in found.race:
         end = "diverged" if math.isinf(candidate.score) else f"{candidate.score:.4f}"
-        shown.add_row(f"{candidate.lr:.1e}", str(len(candidate.losses)), end)
+        shown.add_row(f"{candidate.lr:.1e}", str(candidate.steps), end)
     return shown
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -153,6 +154,8 @@ def save_timm_folder(
     save_file(plain, folder / "model.safetensors.part", metadata={"format": "pt"})
     text = json.dumps(_config(model, info, classes), indent=2, ensure_ascii=False)
     (folder / "config.json.part").write_text(text + "\n", encoding="utf-8")
+    # safetensors lets nobody but this user read its file.
+    shutil.copymode(folder / "config.json.part", folder / "model.safetensors.part")
     for file in ("model.safetensors", "config.json"):
         with (folder / f"{file}.part").open("rb+") as written:
             os.fsync(written.fileno())
@@ -169,6 +172,7 @@ def _config(model: nn.Module, info: ModelInfo, classes: Sequence[str]) -> dict[s
         "std": list(info.std),
         "interpolation": info.interpolation,
         "crop_pct": info.crop_pct,
+        "crop_mode": "center",  # as `transforms.Crop` does it, whatever the weights came with
         "num_classes": len(classes),
         "custom_load": False,
         "pool_size": None,

@@ -14,6 +14,7 @@ from tuning.data.tables import label_array
 from tuning.flags import Flags
 from tuning.head_fit import linear_classifier
 from tuning.losses import Loss, balanced_weights, chosen
+from tuning.lr_auto import before_search
 from tuning.models import ModelInfo, build, check_image_size
 from tuning.plan import StagePlan, make_plan
 from tuning.sizes import largest_auto_micro_batch
@@ -51,7 +52,7 @@ def plan_stages(
         UserError: a depth, batch, image size or head that this model or data doesn't have.
     """
     plan = make_plan(
-        command.stages,
+        [before_search(stage, model) for stage in command.stages],
         model,
         train_images=len(data.train),
         world_size=accelerator.num_processes,

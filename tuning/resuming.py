@@ -11,10 +11,10 @@ from accelerate import Accelerator
 
 from tuning import checkpoint, launcher, run_folder, session
 from tuning.agreement import refuse_different_steps
-from tuning.checkpoint import Checkpoint
 from tuning.data.sources import Data
 from tuning.data_check import refuse_changed_data
 from tuning.flags import RunFlags
+from tuning.manifest import Checkpoint
 from tuning.progress import Progress
 from tuning.records import keep_until
 from tuning.run_folder import RunFolder

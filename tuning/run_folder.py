@@ -30,6 +30,8 @@ MAY_CHANGE = frozenset(
     | {"save_every", "save_errors", "keep", "max_steps", "stop_after", "max_skipped", "max_unreadable"}
     | {"overfit_target", "overfit_steps", "overfit_stage", "replay"}
     | {"stage"}  # of find_lr.py
+    | {"format", "export_input", "tolerance", "check_images", "latency_repeats", "license"}
+    | {"calibrate", "tta", "bootstrap", "top_k"}
     | {"decode", "check_steps", "min_side", "max_aspect", "max_megapixels", "near_bits"}
 )
 _locks: list[Any] = []  # a lock lasts while its file is open

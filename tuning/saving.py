@@ -17,22 +17,9 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tuning.checkpoint import (
-    EMA,
-    EMA_PREFIX,
-    FORMAT,
-    MANIFEST,
-    OPTIMIZER,
-    WEIGHTS,
-    checkpoints,
-    digest,
-    ema_statistics,
-    name_of,
-    prune,
-    remove,
-    sealed,
-)
+from tuning.checkpoint import EMA_PREFIX, checkpoints, ema_statistics, name_of, prune, remove
 from tuning.entering import Entered
+from tuning.manifest import EMA, FORMAT, MANIFEST, OPTIMIZER, WEIGHTS, digest, sealed
 from tuning.progress import Progress
 from tuning.run_folder import settled_hash
 from tuning.summary import versions

@@ -232,6 +232,40 @@ def tracker_id(accelerator: Accelerator, tracker: GeneralTracker | None) -> str 
     return broadcast_object_list([own])[0]  # type: ignore[no-any-return]
 
 
+def check_artifact() -> None:
+    """Refuse to begin what ends with an upload to W&B that can't be made.
+
+    Raises:
+        UserError: W&B is offline or has no login.
+    """
+    if os.environ.get("WANDB_MODE", "online") != "online" or not _logged_in():
+        raise UserError(
+            "--push-wandb continues the training run, which W&B does online only, and here it has no login or is "
+            "offline: run wandb login (and unset WANDB_MODE). --dry-run needs neither."
+        )
+
+
+def push_artifact(folder: Path, name: str, run_id: str, project: str, facts: Mapping[str, Any]) -> None:
+    """Upload *folder* as a version of the artifact *name*, made by the training run *run_id*: that is its lineage.
+
+    Raises:
+        UserError: W&B refused; the export is complete.
+    """
+    import wandb
+
+    try:
+        with wandb.init(project=project, id=run_id, resume="must") as run:
+            artifact = wandb.Artifact(name, type="model", metadata=dict(facts))
+            artifact.add_dir(str(folder))
+            run.log_artifact(artifact).wait()
+    except (wandb.Error, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--push-wandb: W&B didn't take the artifact of run {run_id} ({reason}). The export is complete in "
+            f"{folder}. A run that was tracked offline must be uploaded first: wandb sync."
+        ) from error
+
+
 def _wandb_settings(folder: RunFolder, run_name: str | None, run_id: str | None) -> dict[str, Any]:
     os.environ.setdefault("WANDB_SILENT", "true")
     offline = "WANDB_MODE" not in os.environ and not _logged_in()

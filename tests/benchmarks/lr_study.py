@@ -123,7 +123,8 @@ def _one(folder: Path, cell: Cell, lr: Any, seed: int, photos: Path) -> dict[str
     chosen = [record["lr_finder/chosen"] for record in records if "lr_finder/chosen" in record]
     losses = [record["train/loss"] for record in records if "train/loss" in record]
     seen = {"final": summary["final"], "losses": losses, "seconds": summary["seconds"]}
-    return line | seen | {"swept": swept, "chosen": chosen}
+    race = [(r["lr_finder/race_lr"], r["lr_finder/race_loss"]) for r in records if "lr_finder/race_loss" in r]
+    return line | seen | {"swept": swept, "race": race, "chosen": chosen}
 
 
 def mnist_photos(folder: Path) -> Path:

@@ -6,6 +6,7 @@ import math
 import random
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,17 @@ from ranks import run_ranks
 from stage_runs import PRESETS, largest_difference, state_of
 from torch import Tensor
 
+import tuning.feeds
 from tuning import session
 from tuning.clipping import clipping
 from tuning.command_line import parse_command
 from tuning.data.sources import open_data
 from tuning.engine import train_steps
 from tuning.entering import enter_stage
-from tuning.feeds import stage_feeds
+from tuning.feeds import some_evaluation, stage_feeds
 from tuning.losses import Loss, cross_entropy
 from tuning.lr_finder import find as search
-from tuning.lr_trials import Search, sweep
+from tuning.lr_trials import Search, Trials, sweep, trial_losses
 from tuning.models import build
 from tuning.plan import make_plan
 from tuning.progress import Progress
@@ -49,6 +51,7 @@ class Trained:
         progress: at the end.
         unreadable: pictures counted.
         swept: losses of the sweeps.
+        judged: losses of the evaluation images after every candidate of the race.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -58,6 +61,7 @@ class Trained:
     progress: dict[str, Any] = field(default_factory=dict)
     unreadable: dict[str, int] = field(default_factory=dict)
     swept: list[float] = field(default_factory=list)
+    judged: list[float] = field(default_factory=list)
 
 
 def train(find: bool, *argv: str) -> Trained:
@@ -92,8 +96,12 @@ def train(find: bool, *argv: str) -> Trained:
         entered = enter_stage(accelerator, model, planned, before=entered)
         feeds = stage_feeds(accelerator, entered, planned, data, info, unreadable, 0, "both", workers)
         if find:
-            found = search(accelerator, entered, feeds.train, loss, clip, 0, SEARCH, lambda values, step: None)
-            done.swept += [value for tried in (*found.sweeps, *found.race) for value in tried.losses]
+            some = some_evaluation(accelerator, feeds, planned, data, info, 0, workers)
+            judged = partial(trial_losses, accelerator, entered, feeds.judged, some, None, iter)
+            trials = Trials(accelerator, entered, feeds.train, loss, clip, 0, judged)
+            found = search(trials, SEARCH, lambda values, step: None)
+            done.swept += [value for swept in found.sweeps for value in swept.losses]
+            done.judged += [value for candidate in found.race for value in candidate.judged]
             unreadable.check()
             assert unreadable.counts == done.unreadable or not number
             entered = enter_stage(accelerator, model, planned, before=entered)
@@ -146,6 +154,8 @@ def test_training_after_the_finder_is_bit_identical(damaged: Path, world_size: i
         assert found.unreadable == {"train": 1, "eval": 0}
         assert len(found.swept) >= 8
     assert len({tuple(found.swept) for found in after}) == 1, "the processes saw different losses"
+    assert len({tuple(found.judged) for found in after}) == 1, "the processes judged differently"
+    assert len(after[0].judged) >= 2 * 3 * 11, "two stages, three candidates, every evaluation image"
 
 
 def test_with_loader_processes_and_cached_features(photos: Path) -> None:
@@ -177,7 +187,8 @@ def ends(rank_at_fault: int, value: float, photos: str) -> tuple[str, list[float
         return cross_entropy()(logits * 0.01, labels) * factor  # no divergence of its own
 
     faulty: Loss = loss
-    swept = sweep(accelerator, entered, feeds.train, faulty, clipping(1.0, None, None), 0, SEARCH)
+    trials = Trials(accelerator, entered, feeds.train, faulty, clipping(1.0, None, None), 0, torch.empty)
+    swept = sweep(trials, SEARCH)
     accelerator.wait_for_everyone()
     return swept.ended, [-1.0 if math.isnan(x) else x for x in swept.losses]
 
@@ -200,3 +211,36 @@ def test_one_process_or_two_draw_the_same_curve(photos: Path) -> None:
     (alone,) = run_ranks(1, train, True, *argv)
     first, _ = run_ranks(2, train, True, *argv)
     assert first.swept == pytest.approx(alone.swept, abs=1e-3, rel=1e-3)
+    assert first.judged == pytest.approx(alone.judged, abs=1e-2, rel=1e-2)
+
+
+def few_judged(photos: str) -> tuple[int, list[int], dict[str, int]]:
+    """Where there are more evaluation images than a trial is judged by: how many, labels, what was noted of them."""
+    tuning.feeds.JUDGED = 6  # in this process alone
+    command = parse_command(["--data", photos, *MODEL, *HOW, "--freeze-epochs", "0"], "test", "", PRESETS)
+    accelerator = session.start(None, 1)
+    data = open_data(**vars(command.flags.data), seed=0)
+    model, info = build("test_efficientnet", classes=data.classes, weights="none", image_size=32, seed=0)
+    options: dict[str, Any] = {"train_images": len(data.train), "world_size": accelerator.num_processes}
+    (planned,) = make_plan(command.stages, model, **options, micro_batch=2, image_size=32)
+    entered = enter_stage(accelerator, model, planned)
+    unreadable = UnreadablePictures(accelerator, None, data, 1.0, resumed=False)
+    whole = stage_feeds(accelerator, entered, planned, data, info, unreadable, 0, "both", 0)
+    some = some_evaluation(accelerator, whole, planned, data, info, 0, 0)
+    labels = [int(label) for micro in some for label, weight in zip(micro.labels, micro.weights, strict=True) if weight]
+    losses = trial_losses(accelerator, entered, model, some, None, iter)
+    assert bool(losses.isfinite().all())
+    unreadable.check()
+    return len(losses), labels, unreadable.counts
+
+
+def test_a_trial_is_judged_by_a_bounded_number_of_images_of_every_class(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    for path in (tmp_path / "photos/val/cat").glob("00[0-3].png"):
+        path.write_bytes(path.read_bytes()[:60])
+    ranks = run_ranks(2, few_judged, str(tmp_path / "photos"))
+    judged = sorted(label for _, labels, _ in ranks for label in labels)
+    assert {label for label in judged if label} == {1, 2}
+    assert len(judged) < 6, "some of the damaged are among the six"
+    assert [count for count, _, _ in ranks] == [len(judged)] * 2
+    assert all(counts == {"train": 0, "eval": 0} for _, _, counts in ranks), "noted by the run, not by a trial"

@@ -24,7 +24,7 @@ from tests.faults import sabotage
 from tests.faults.attempts import Ranks, attempt
 from tests.faults.campaign import Campaign, Case
 from tests.faults.comparison import checkpoints, differences, is_complete, logged_steps, newest_complete, records
-from tuning import checkpoint
+from tuning import manifest
 from tuning.data.sampling import TrainOrder, step_seed
 from tuning.data.sources import open_data
 from tuning.errors import UserError
@@ -214,14 +214,14 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(killed: Path, tmp_path: Path
     folder = tmp_path / "step-copy"
     shutil.copytree(checkpoints(killed)[-1], folder)
     content = (folder / "manifest.json").read_bytes()
-    good = checkpoint.read(folder)
+    good = manifest.read(folder)
     accepted = []
     for place in range(len(content)):
         changed = bytearray(content)
         changed[place] ^= 1 << place % 7
         (folder / "manifest.json").write_bytes(changed)
         try:
-            if checkpoint.read(folder) != good:
+            if manifest.read(folder) != good:
                 accepted.append(place)
         except UserError:
             continue

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from pictures import write_classes
-from PIL import Image
+from pictures import write_classes, write_colours
 from recipe_runs import Finished, Run, run_forked
 
 
@@ -30,17 +28,7 @@ def finetune(tmp_path: Path) -> Run:
     return run
 
 
-COLOURS = {"blue": (60, 60, 200), "green": (60, 200, 60), "red": (200, 60, 60)}
-
-
 @pytest.fixture(scope="session")
 def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Classes that differ in colour: easy to learn, so that a sweep has something to find."""
-    root, generator = tmp_path_factory.mktemp("coloured"), np.random.default_rng(0)
-    for split, count in (("train", 16), ("val", 4)):
-        for name, colour in COLOURS.items():
-            (root / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = np.clip(generator.normal(colour, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
-    return root
+    return write_colours(tmp_path_factory.mktemp("coloured"), train=16, val=4, strength=200)

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
+from pictures import write_colours
 from PIL import Image
 from recipe_runs import Run, run_forked
 from safetensors.torch import load_file
@@ -17,20 +17,12 @@ from safetensors.torch import load_file
 SMALL = ("--model", "test_vit", "--weights", "none", "--image-size", "32", "--batch-size", "8", "--workers", "0")
 FITTED = (*SMALL, "--head-init", "fitted", "--tracker", "none", "--output", "run", "--log-every", "3")
 STAGES = ("--freeze-epochs", "1", "--epochs", "1", "--drop-rate", "0.1")
-COLOURS = {"blue": (60, 60, 160), "green": (60, 160, 60), "red": (160, 60, 60)}
 
 
 @pytest.fixture(scope="module")
 def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Classes that differ in colour, under noise: 12 training and 6 evaluation pictures each."""
-    root, generator = tmp_path_factory.mktemp("coloured"), np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 6)):
-        for name, colour in COLOURS.items():
-            (root / split / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = np.clip(generator.normal(colour, 40, (32, 32, 3)), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
-    return root
+    """Classes that are harder to tell apart than elsewhere."""
+    return write_colours(tmp_path_factory.mktemp("coloured"), train=12, val=6, strength=160)
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -91,7 +83,7 @@ def accuracy(model: torch.nn.Module, folder: Path) -> float:
     files = sorted(folder.glob("*/*"))
     with torch.inference_mode():
         found = model(torch.stack([transform(Image.open(file)) for file in files])).argmax(1)
-    hits = [sorted(COLOURS)[n] == file.parent.name for n, file in zip(found, files, strict=True)]
+    hits = [("blue", "green", "red")[n] == file.parent.name for n, file in zip(found, files, strict=True)]
     return sum(hits) / len(hits)
 
 

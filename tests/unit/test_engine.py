@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from plain_stages import plain_stage as stage
 from torch import Tensor, nn
 
@@ -32,17 +32,10 @@ from tuning.progress import Progress
 from tuning.sizes import plan_batch
 from tuning.stages import Stage, standard_stages
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 IMAGES, CLASSES, SIZE = 13, 3, 32
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def pictures() -> tuple[Tensor, Tensor]:

@@ -13,12 +13,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LAYER_0 = ("errors", "coerce", "flags", "stages", "progress", "schedules", "sizes", "command_line")
 LAYER_0 += ("run_folder", "summary", "data.sampling", "data.splits", "records", "interrupts", "checks")
-LAYER_0 += ("launcher", "heartbeat", "echoes", "preflight.findings", "lr_curve", "lr_race")
+LAYER_0 += ("launcher", "heartbeat", "echoes", "preflight.findings", "lr_curve", "lr_race", "lr_ranges", "manifest")
+LAYER_0 += ("run_defaults", "outputs", "exporting.preprocessing")
 LAYER_2 = ("agreement", "session", "entering", "engine", "feeds", "features", "evaluation", "checkpoint")
 LAYER_2 += ("track", "console", "head_fit", "saving", "stopping", "numerical_faults", "tracker_history")
 LAYER_2 += ("out_of_memory",)
 LAYER_2 += ("unreadable", "data_check", "resuming", "preparing", "overfitting", "lr_finder", "lr_report")
-LAYER_2 += ("lr_trials", "no_trace")
+LAYER_2 += ("lr_trials", "no_trace", "gathering", "predicting")
 LAYER_2 += tuple(f"preflight.{name}" for name in ("reading", "trial", "memory", "timing", "verdict"))
 TUNING = {".".join(p.relative_to(ROOT / "tuning").with_suffix("").parts): p for p in (ROOT / "tuning").rglob("*.py")}
 MODULES = {name: path for name, path in TUNING.items() if not name.endswith("__init__")}

@@ -11,7 +11,7 @@ from plain_stages import plain_stage
 
 from tuning.command_line import parse_command
 from tuning.errors import UserError
-from tuning.lr_auto import as_found, must_search
+from tuning.lr_auto import as_found, before_search, must_search, searching_stages
 from tuning.plan import StagePlan, make_plan
 from tuning.progress import Progress
 from tuning.stages import Stage
@@ -42,9 +42,9 @@ def test_when_a_run_searches() -> None:
     head, whole = plain_stage(open="head"), plain_stage(find_lr=True, image_size=32)
     larger = dataclasses.replace(whole, image_size=64)
     plan = planned(head, whole, whole, larger, head, larger)
-    assert searches(plan, "start") == [1]
-    assert searches(plan, "stages") == [1, 2, 3, 5]
-    assert searches(plan, "sizes") == [1, 3]
+    assert searches(plan, "start") == searching_stages(plan, "start") == [1]
+    assert searches(plan, "stages") == searching_stages(plan, "stages") == [1, 2, 3, 5]
+    assert searches(plan, "sizes") == searching_stages(plan, "sizes") == [1, 3]
 
 
 def test_what_is_found_moves_every_group_and_only_where_it_was_asked_for() -> None:
@@ -72,6 +72,24 @@ def test_which_stages_take_auto(tmp_path: Path) -> None:
     assert stages("--preset", str(listed)) == [("head", 1e-3, True), ("top-2", 1e-3, False)]
     listed.write_text("lr: auto\nstages:\n- {open: head, epochs: 1, lr: 1e-2}\n- {open: 2, epochs: 1}\n")
     assert stages("--preset", str(listed)) == [("head", 1e-2, False), ("top-2", 3e-4, True)]
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "open_", "lr"),
+    [
+        ("test_efficientnet", "adamw", "all", 3e-4),
+        ("test_vit", "adamw", "all", 1e-4),
+        ("test_vit", "adamw", "head", 1e-3),
+        ("test_efficientnet", "sgd", "all", 1e-2),
+        ("test_vit", "lion", 2, 1e-5),
+    ],
+)
+def test_without_an_answer_it_suits_optimizer_and_network(model: str, optimizer: str, open_: str, lr: float) -> None:
+    network = timm.create_model(model)
+    searching = plain_stage(lr=5.0, find_lr=True, optimizer=optimizer, open=open_)
+    assert before_search(searching, network) == dataclasses.replace(searching, lr=lr)
+    typed = dataclasses.replace(searching, find_lr=False)
+    assert before_search(typed, network) == typed
 
 
 def test_auto_is_kept_in_the_configuration(tmp_path: Path) -> None:

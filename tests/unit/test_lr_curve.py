@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tuning import lr_curve
-from tuning.lr_curve import Curve, band, clamped, kind_of, smoothed, smoothing, suggest
+from tuning.lr_curve import Curve, band, smoothed, smoothing, suggest
+from tuning.lr_ranges import clamped, kind_of
 
 RULES = ("valley", "steep", "slide", "minimum")
 # fastai 2.8.12, fastai/callback/schedule.py, on float64 tensors of `curve(kind, n)`.

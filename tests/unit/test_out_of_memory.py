@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from pictures import write_classes
 from plain_stages import plain_stage
 from short_memory import ShortMemory, Where
@@ -35,16 +33,9 @@ from tuning.preflight.memory import fitting_micro_batch
 from tuning.progress import Progress
 from tuning.sizes import BatchPlan
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 IMAGES, CLASSES, SIZE, BATCH = 44, 3, 32, 16
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from tuning.entering import Entered, enter_stage
 from tuning.feeds import stage_feeds
 from tuning.gradients import GradientWatch
 from tuning.losses import Loss, balanced_weights, binary_cross_entropy, cross_entropy, focal
+from tuning.lr_trials import Search
 from tuning.models import ModelInfo, build
 from tuning.plan import StagePlan, make_plan
 from tuning.preflight import trial, verdict
@@ -252,14 +253,22 @@ def test_the_trial_runs_short_steps_of_the_whole_schedule(data: Data) -> None:
 def test_expected_time_adds_up(data: Data) -> None:
     _, _, plan = parts(data, "--cache-features", "--freeze-epochs", "5", "--epochs", "4")
     one = StageTrial("x", (1.0,), 1.0, 0.5, (), (), (), {}, {}, (), {})
-    told = expected_seconds(plan, [one, one], data, judging=0.1, fitted=False, max_steps=None)
+    told = expected_seconds(plan, [one, one], data, judging=0.1, fitted=False, max_steps=None, searches={})
     features, epoch = 24 * 0.1 + 8 * 0.1, 24 * 0.5 + 8 * 0.1
     assert [stage["seconds"] for stage in told["stages"]] == [round(features, 1), round(4 * epoch, 1)]
     assert told["hours"] == pytest.approx((features + 4 * epoch) / 3600, abs=1e-4)
     assert told["steps"] == 9 * 3
-    cut = expected_seconds(plan, [one, one], data, judging=0.1, fitted=True, max_steps=18)
+    cut = expected_seconds(plan, [one, one], data, judging=0.1, fitted=True, max_steps=18, searches={})
     assert [stage["steps"] for stage in cut["stages"]] == [15, 3]
     assert cut["hours"] == pytest.approx((2 * features + epoch) / 3600, abs=1e-4)
+    search = Search(1e-6, 1.0, steps=30, sweeps=2, race=40)
+    longer = expected_seconds(plan, [one, one], data, judging=0.1, fitted=False, max_steps=None, searches={1: search})
+    added = (60 + 6 * 40) * 8 * 0.5 + 7 * 8 * 0.1  # steps of 8 images; seven times the 8 evaluation images
+    assert longer["stages"][1]["seconds"] == round(4 * epoch + added, 1)
+    assert [stage["search_steps"] for stage in longer["stages"]] == [0, 300]
+    assert longer["hours"] == pytest.approx((features + 4 * epoch + added) / 3600, abs=1e-4)
+    unreached = expected_seconds(plan, [one, one], data, judging=0.1, fitted=False, max_steps=9, searches={1: search})
+    assert [stage["search_steps"] for stage in unreached["stages"]] == [0, 0]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 31, 32, 33, 10**9])

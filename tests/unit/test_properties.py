@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tuning import schedules
-from tuning.checkpoint import FORMAT, MANIFEST, OPTIMIZER, WEIGHTS, digest, find, name_of, read, sealed
+from tuning.checkpoint import find, name_of
 from tuning.command_line import resolve_stages
 from tuning.data.sampling import EvalOrder, TrainOrder
 from tuning.errors import UserError
 from tuning.flags import Flags
+from tuning.manifest import FORMAT, MANIFEST, OPTIMIZER, WEIGHTS, digest, read, sealed
 from tuning.progress import Progress
 from tuning.sizes import BatchPlan, plan_batch
 from tuning.stages import Stage, check_stage, standard_stages

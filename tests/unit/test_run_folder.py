@@ -97,7 +97,7 @@ def test_changed_flags_are_named_with_both_values(run: RunFolder) -> None:
     assert "--nesterov was None, now True" in str(caught.value)
     assert "epochs" not in str(caught.value)
     assert "These may change: " in str(caught.value)
-    assert "--keep, --log-every" in str(caught.value)
+    assert "--keep, --latency-repeats, --license, --log-every" in str(caught.value)
 
 
 def test_odd_keys_of_an_older_config_are_named(run: RunFolder) -> None:

@@ -5,34 +5,26 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from plain_stages import plain_stage
 from torch import nn
 
 from tuning import checkpoint, saving
-from tuning.checkpoint import find, forget_after, load, read
+from tuning.checkpoint import find, forget_after, load
 from tuning.entering import Entered, enter_stage
 from tuning.errors import UserError
+from tuning.manifest import digest, read, sealed
 from tuning.plan import make_plan
 from tuning.progress import Progress
 from tuning.saving import Saver
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 STAGE = plain_stage(optimizer="adamw", momentum=0.9, weight_decay=0.1, batch_norm="train")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def entered_stage(accelerator: Accelerator) -> Entered:
@@ -201,7 +193,7 @@ def test_a_manifest_that_leaves_a_file_out_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints/step-00000001/manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["files"]["optimizer.pt"], manifest["sha256"]
-    path.write_text(checkpoint.sealed(manifest))
+    path.write_text(sealed(manifest))
     with pytest.raises(UserError, match=r"optimizer\.pt is missing or damaged"):
         read(path.parent)
 
@@ -244,8 +236,8 @@ def test_no_code_is_run_from_a_checkpoint(tmp_path: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["sha256"]
     file = folder / "optimizer.pt"
-    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": checkpoint.digest(file)}
-    (folder / "manifest.json").write_text(checkpoint.sealed(manifest))
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": digest(file)}
+    (folder / "manifest.json").write_text(sealed(manifest))
     accelerator = Accelerator()
     with pytest.raises(pickle.UnpicklingError):
         load(accelerator, read(folder), entered_stage(accelerator))

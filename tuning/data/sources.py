@@ -48,6 +48,7 @@ def open_data(
     seed: int,
     limit_train: int | None,
     limit_eval: int | None,
+    hold_out: bool = True,
 ) -> Data:
     """Open the images and labels that *data* names; the same arguments give the same rows in the same order everywhere.
 
@@ -58,6 +59,8 @@ def open_data(
         val_fraction: the part of each class held out where there is no split to evaluate on, in (0, 1).
         seed: of the held-out part and of the limits.
         limit_train, limit_eval: keep at most this many images, stratified by class; None keeps all.
+        hold_out: hold a part out where there is no split to evaluate on; else all images are evaluated, whatever their
+            classes.
 
     Raises:
         UserError: for anything wrong with the arguments or the data.
@@ -69,7 +72,11 @@ def open_data(
         raise UserError(f"--data {data!r} cannot be read: {error.filename}: {error.strerror}.") from error
     notes = list(opened.notes)
     train, judge = opened.train, opened.eval
-    _check_train(data, train, opened.classes)
+    if hold_out:
+        _check_train(data, train, opened.classes)
+    if judge is None and not hold_out:
+        notes.append(f"No split to evaluate on: all {len(train):,} images are evaluated.")
+        judge = train
     if judge is None:
         train, judge = _hold_out(data, train, opened.classes, val_fraction, seed, notes)
     if len(judge) == 0:

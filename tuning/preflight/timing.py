@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,9 @@ from torch import nn
 from tuning.data.sources import Data
 from tuning.data.tables import take
 from tuning.evaluation import evaluate
-from tuning.feeds import plain_feed
+from tuning.feeds import JUDGED, plain_feed
+from tuning.lr_race import USUAL
+from tuning.lr_trials import Search
 from tuning.models import ModelInfo
 from tuning.plan import StagePlan
 from tuning.preflight.trial import StageTrial
@@ -47,28 +49,35 @@ def expected_seconds(
     judging: float,
     fitted: bool,
     max_steps: int | None,
+    searches: Mapping[int, Search],
 ) -> dict[str, Any]:
-    """Steps and time of every stage and of the whole run, as `json` can write them; evaluations are included.
+    """Steps and time of every stage and of the whole run, as `json` can write them.
+
+    Evaluations and searches for a learning rate are included in the time, not in the steps.
 
     Args:
         judging: seconds of evaluation an image.
         fitted: the head starts as a logistic regression on features of all images.
         max_steps: of the whole run; None = all.
+        searches: for a learning rate, by number of the stage at whose start they are.
     """
     train, judge = len(data.train), len(data.eval) * judging
     features = train * judging + judge
     stages, total, left = [], features if fitted else 0.0, max_steps or 2**63
-    for planned, trial in zip(plan, trials, strict=True):
+    for number, (planned, trial) in enumerate(zip(plan, trials, strict=True)):
         made = max(0, min(planned.steps, left))
         left -= made
         epochs = made / planned.steps_per_epoch
         cached = planned.stage.cache_features  # its epochs cost next to nothing
         seconds = features * (made > 0) if cached else epochs * (train * trial.seconds_per_image + judge)
+        if made and number in searches:
+            seconds += _searching(searches[number], planned.batch.batch_size * trial.seconds_per_image, data, judging)
         total += seconds
         stages.append(
             {
                 "stage": trial.stage,
                 "steps": made,
+                "search_steps": searches[number].usual_steps if made and number in searches else 0,
                 "seconds": round(seconds, 1),
                 "images_per_second": round(1 / trial.seconds_per_image, 2),
                 "losses": trial.losses,
@@ -82,3 +91,9 @@ def expected_seconds(
         "first_loss": {"seen": trials[0].losses[0], "equal_probabilities": trials[0].expected_loss},
         "stages": stages,
     }
+
+
+def _searching(search: Search, step: float, data: Data, judging: float) -> float:
+    """Seconds of a search: its optimizer steps, and what judges every candidate and the start."""
+    judged = (USUAL + 1) * min(JUDGED, len(data.eval)) if search.race else 0
+    return search.usual_steps * step + judged * judging
