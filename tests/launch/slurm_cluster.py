@@ -135,7 +135,17 @@ def cluster() -> Iterator[Cluster]:
         folder = Path(name)
         _write(folder)
         environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
-        namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        namespaces = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ]
         log = (folder / "start.log").open("w")
         outer = subprocess.Popen([*namespaces, "bash", "-c", START, name], env=environment, stdout=log, stderr=log)
         try:
