@@ -1,0 +1,1 @@
+"""How a recipe gets onto machines: one `Job`, rendered as text for each target. Standard library only."""
