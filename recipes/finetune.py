@@ -47,7 +47,7 @@ def finetune(command: Command) -> None:
     from tuning.preparing import data_and_model, objective, plan_stages
     from tuning.saving import Saver
     from tuning.stopping import Boundary, end_run
-    from tuning.summary import better, failure_noted, is_done, make_summary
+    from tuning.summary import add_judged, better, failure_noted, is_done, make_summary
     from tuning.track import Curves, check_tracker, described, open_tracker, tracker_id
     from tuning.unreadable import UnreadablePictures
 
@@ -213,9 +213,10 @@ def finetune(command: Command) -> None:
             summary = make_summary(folder, best_of, run.best_by, seen)
             folder.write_summary(summary)
             plots.draw_curves(folder.metrics, folder.plots / "curves.png")
-            card_of_run(info, data.classes, folder)
         look = look_back(accelerator, model, info, folder, data, workers, boundary.watch)
         if accelerator.is_main_process:
+            summary = add_judged(folder, summary, look.judged)
+            card_of_run(info, data.classes, folder)
             trained = [as_found(planned, progress) for planned in plan]
             write_report(accelerator, command, folder, data, trained, info, summary, look)
             curves.finish(summary, folder.plots, charts(look.overview))

@@ -79,7 +79,7 @@ def write(
     partial = folder / f".{PREDICTIONS}.partial"
     pq.write_table(table, partial)
     partial.replace(folder / PREDICTIONS)
-    write_atomically(folder / METRICS, json.dumps(_finite(facts), indent=1, ensure_ascii=False) + "\n")
+    write_atomically(folder / METRICS, json.dumps(finite(facts), indent=1, ensure_ascii=False) + "\n")
 
 
 def _table(
@@ -98,12 +98,12 @@ def _table(
     return pa.table(columns).replace_schema_metadata(about)
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: None in its place."""
+def finite(value: Any) -> Any:
+    """*value* as JSON can hold it: None in the place of NaN and infinity."""
     if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -80,9 +80,10 @@ def card_of_run(info: ModelInfo, classes: Sequence[str], folder: RunFolder) -> N
 
 
 def best_of_run(run: Path | None) -> dict[str, Any]:
-    """The metrics of the evaluation that chose the run's ``model/``; empty where there is none."""
-    best = _summary(run).get("best")
-    return best if isinstance(best, dict) else {}
+    """The metrics of the run's ``model/``, with intervals if its last look came to an end; empty without any."""
+    summary = _summary(run)
+    best, judged = (summary.get(key) for key in ("best", "judged"))
+    return {**(best if isinstance(best, dict) else {}), **(judged if isinstance(judged, dict) else {})}
 
 
 def card(described: Described, curves: bool) -> str:

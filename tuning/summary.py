@@ -114,3 +114,12 @@ def _note(folder: RunFolder, error: BaseException) -> None:
         folder.write_summary(summary)
     except OSError as unwritten:  # the disk may be what failed
         print(f"warning: {folder.summary} can't be written ({unwritten.strerror}): {summary}", file=sys.stderr)
+
+
+def add_judged(folder: RunFolder, summary: Mapping[str, Any], judged: Mapping[str, Any]) -> dict[str, Any]:
+    """The summary with what the last look at the best weights found, under ``judged``; written anew if there is any."""
+    if not judged:
+        return dict(summary)
+    more = {**summary, "judged": dict(judged)}
+    folder.write_summary(more)
+    return more

@@ -51,10 +51,15 @@ def test_what_the_run_leaves_behind(finished: Path) -> None:
     assert len(kept.ids) == 18
     assert all(name.startswith("val/") for name in kept.ids)
     assert np.allclose(kept.probabilities.sum(axis=1), 1, atol=1e-6)
-    best = json.loads((finished / "summary.json").read_text())["best"]
+    summary = json.loads((finished / "summary.json").read_text())
+    best, judged = summary["best"], summary["judged"]
     assert (kept.predicted == kept.labels).mean() == pytest.approx(best["top1"])
     own = kept.probabilities[np.arange(18), kept.labels]
     assert -np.log(own).mean() == pytest.approx(best["loss"], abs=1e-5), "the weights in model/, not the last ones"
+    assert judged["top1"] == pytest.approx(best["top1"])
+    low, high = judged["intervals"]["top1"]
+    assert low <= judged["top1"] <= high
+    assert f"{low:.4f} to {high:.4f}" in (finished / "model/README.md").read_text(), "the model card"
     for name in ("confusion", "mistakes", "precision_recall", "schedule", "curves"):
         assert (finished / f"plots/{name}.png").stat().st_size > 5000, name
     page = (finished / "report.html").read_text(encoding="utf-8")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +18,9 @@ from tuning.data import fingerprint
 from tuning.data.broken import Unreadable
 from tuning.data.sources import Data
 from tuning.feeds import judging_feed
+from tuning.flags import EvaluateFlags
 from tuning.interrupts import StopRequested
+from tuning.judgement import finite, judge
 from tuning.kept_predictions import write
 from tuning.model_names import LOCAL, look_up
 from tuning.models import ModelInfo
@@ -34,11 +37,13 @@ class LastLook:
 
     Attributes:
         overview: the error analysis, on rank 0 where there was no problem.
+        judged: metrics with intervals as in ``metrics.json`` of recipes/evaluate.py, where there is an `overview`.
         problem: a sentence about what went wrong; empty when nothing did.
         stopped: the run was asked to end before the analysis was complete.
     """
 
     overview: Overview | None = None
+    judged: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
     stopped: bool = False
 
@@ -65,7 +70,7 @@ def look_back(
         feed = judging_feed(accelerator, data.eval, size, info, workers, Unreadable(data.folder))
         pieces = watch(stream(accelerator, model.eval(), feed, BATCHES), "the analysis of its mistakes")
         kept = [piece for piece in pieces if accelerator.is_main_process]
-        return LastLook(_analysed(kept, folder, data)) if accelerator.is_main_process else LastLook()
+        return _analysed(kept, folder, data) if accelerator.is_main_process else LastLook()
     except StopRequested as wish:
         return LastLook(problem=f"{wish}: report.html is left out.", stopped=True)
     except Exception as error:
@@ -100,13 +105,14 @@ def load_best(accelerator: Accelerator, model: nn.Module, folder: RunFolder) -> 
     return int(size)
 
 
-def _analysed(pieces: list[Predictions], folder: RunFolder, data: Data) -> Overview:
-    """Write the predictions, and look at them; on rank 0."""
-    logits = torch.cat([piece.logits for piece in pieces])
-    labels, rows = (torch.cat([getattr(piece, name) for piece in pieces]).numpy() for name in ("labels", "rows"))
+def _analysed(pieces: list[Predictions], folder: RunFolder, data: Data) -> LastLook:
+    """Write the predictions, judge them and look at the mistakes; on rank 0."""
+    logits, answers = (torch.cat([getattr(piece, name) for piece in pieces]) for name in ("logits", "labels"))
+    rows, labels = torch.cat([piece.rows for piece in pieces]).numpy(), answers.numpy()
     if not len(rows):
         raise ValueError(f"none of the {len(data.eval)} evaluation pictures could be read")
     probabilities = logits.softmax(dim=1).numpy()
     ids = fingerprint.names(data.eval, data.folder).take(rows)
     write(folder.predictions, ids, rows, labels, probabilities, data.classes)
-    return look_at(probabilities, labels, rows, ids.to_pylist(), data)
+    judged = finite(judge(logits, answers, temperature=1.0, resamples=EvaluateFlags.bootstrap))
+    return LastLook(look_at(probabilities, labels, rows, ids.to_pylist(), data), judged)
