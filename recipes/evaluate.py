@@ -10,6 +10,7 @@ Writes metrics.json and predictions.parquet into --output. Read from top to bott
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from tuning.command_line import Command, run_recipe
@@ -19,9 +20,12 @@ def evaluate(command: Command) -> None:
     """Judge a run, one of its checkpoints or any timm model on its own or on other data, every image once."""
     # The flags are known to be right by now; only here torch is imported.
     from tuning import run_folder, session
+    from tuning.analysis.drawing import draw_all
+    from tuning.analysis.overview import look_at, named_pairs
     from tuning.calibration import calibrated, place_for, store
     from tuning.console import Speaker, shown_path
     from tuning.ensembles import MEAN, averaged_weights, refuse_other_classes, side_by_side
+    from tuning.final_metrics import probabilities
     from tuning.finished import open_finished, open_named
     from tuning.judged_data import changed_since, labels_for, names_of, open_judged
     from tuning.judgement import class_table, details, judge, metrics_table, write
@@ -107,7 +111,12 @@ def evaluate(command: Command) -> None:
             "versions": versions(),
             "git_commit": run_folder.git_commit(),
         }
-        write(folder, facts, names_of(data.eval), logits[headline], truth, rows, first.classes, facts["temperature"])
+        ids, temperature = names_of(data.eval, rows), facts["temperature"]
+        p = probabilities(logits[headline], temperature).float().numpy()
+        overview = look_at(p, truth.numpy(), rows.numpy(), ids, replace(data, classes=first.classes))
+        facts["confused_pairs"] = named_pairs(overview)
+        write(folder, facts, ids, logits[headline], truth, rows, first.classes, temperature)
+        draw_all(overview, folder / "plots")
         speaker.console.print(metrics_table(judged))
         speaker.console.print(class_table(facts["per_class"]))
         if calibration is not None and place is not None:
@@ -118,7 +127,7 @@ def evaluate(command: Command) -> None:
             )
         if unreadable:
             speaker.say(f"warning: could not be read: {len(unreadable):,}{shown(map(str, unreadable))}")
-        speaker.say(f"{rate:.0f} images/s. See {shown_path(folder)}/metrics.json and predictions.parquet.")
+        speaker.say(f"{rate:.0f} images/s. See {shown_path(folder)}: metrics.json, predictions.parquet, plots.")
     accelerator.end_training()
 
 

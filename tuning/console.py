@@ -148,8 +148,13 @@ class Speaker:
         """The result, where the model lies and how to look at the run."""
         path = shown_path(folder.path)
         best, metric = summary["best"], summary["best_by"]
-        self.say(f"Done in {summary['seconds']:.0f} s. Best {metric} {best[metric]:.4f} at epoch {best['epoch']:g}.")
-        self.say(f"  model    {path}/model    timm.create_model('local-dir:{path}/model', pretrained=True)")
+        if best:
+            told = f"Best {metric} {best[metric]:.4f} at epoch {best['epoch']:g}."
+        else:
+            told = f"No evaluation had a finite {metric}, so no model was kept."
+        self.say(f"Done in {summary['seconds']:.0f} s. {told}")
+        if best:
+            self.say(f"  model    {path}/model    timm.create_model('local-dir:{path}/model', pretrained=True)")
         self.say(f"  curves   {path}/plots/curves.png, {path}/metrics.jsonl")
         if folder.report.exists():
             self.say(f"  report   {path}/report.html    (one file to mail)")

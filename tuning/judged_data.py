@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -76,9 +75,10 @@ def labels_for(rows: Dataset, data: Data, classes: tuple[str, ...]) -> Tensor:
     return place[labels]
 
 
-def names_of(rows: Dataset) -> Iterator[str]:
-    """The path of every picture or, where it has none, ``row N``."""
-    pictures = rows.select_columns(["image"]).with_format("arrow")
-    for start in range(0, len(rows), AT_ONCE):
-        paths = pc.struct_field(pictures[start : start + AT_ONCE].column("image"), "path").to_pylist()
-        yield from (path or f"row {start + number}" for number, path in enumerate(paths))
+def names_of(dataset: Dataset, rows: Tensor) -> list[str]:
+    """The paths of the pictures in *rows* ``(N,)`` or, where they have none, ``row N``."""
+    pictures, names = dataset.select_columns(["image"]).with_format("arrow"), []
+    for some in rows.split(AT_ONCE):
+        paths = pc.struct_field(pictures[some.tolist()].column("image"), "path").to_pylist()
+        names += [path or f"row {row}" for path, row in zip(paths, some.tolist(), strict=True)]
+    return names

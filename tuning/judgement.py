@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def details(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> dict[str,
 def write(
     folder: Path,
     facts: Mapping[str, Any],
-    names: Iterable[str],
+    ids: Sequence[str],
     logits: Tensor,
     labels: Tensor,
     rows: Tensor,
@@ -70,11 +70,9 @@ def write(
 
     Args:
         facts: the content of `metrics.json`.
-        names: of all rows of the data, in order; *rows* says which of them were judged.
+        ids: names of the images, N of them; *rows* are theirs.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = set(rows.tolist())
-    ids = [name for number, name in enumerate(names) if number in wanted]
     table = _table(ids, logits, labels, rows, classes, temperature)
     partial = folder / f".{PREDICTIONS}.partial"
     pq.write_table(table, partial)

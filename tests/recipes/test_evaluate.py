@@ -19,6 +19,7 @@ from recipe_runs import Finished, import_after, recipe_here, run_forked
 from timm.data import create_transform, resolve_data_config
 
 CLASSES = ("blue", "green", "red")
+PLOTS = {"confusion.png", "mistakes.png", "precision_recall.png"}
 COLOURS = {"blue": (90, 90, 150), "green": (90, 150, 90), "red": (150, 90, 90)}
 SMALL = ("--model", "test_efficientnet", "--weights", "none", "--image-size", "32", "--batch-size", "8")
 QUICK = ("--freeze-epochs", "0", "--epochs", "2", "--lr", "3e-3", "--workers", "0", "--tracker", "none")
@@ -78,6 +79,12 @@ def test_the_run_on_its_own_data_equals_a_plain_loop(home: Path, tmp_path: Path,
     assert (found["world_size"], found["images"], found["unreadable"], found["own_data"]) == (world_size, 23, [], True)
     predicted = p.argmax(1)
     assert found["top1"] == pytest.approx(oracle.accuracy_score(labels, predicted))
+    matrix = oracle.confusion_matrix(labels, predicted)
+    pairs = found["confused_pairs"]
+    told = {(CLASSES.index(pair["label"]), CLASSES.index(pair["predicted"])): pair["images"] for pair in pairs}
+    assert told == {(a, b): matrix[a, b] for a in range(3) for b in range(3) if a != b and matrix[a, b]}
+    assert told, "a model without mistakes proves nothing"
+    assert {path.name for path in (tmp_path / "out/plots").iterdir()} == PLOTS
     assert found["balanced_accuracy"] == pytest.approx(oracle.balanced_accuracy_score(labels, predicted))
     assert found["macro_f1"] == pytest.approx(oracle.f1_score(labels, predicted, average="macro"))
     assert found["loss"] == pytest.approx(oracle.log_loss(labels, p), abs=1e-2)
@@ -100,7 +107,7 @@ def test_the_run_on_its_own_data_equals_a_plain_loop(home: Path, tmp_path: Path,
     assert [row["predicted"] for row in rows] == [CLASSES[n] for n in predicted]
     np.testing.assert_allclose([row["probabilities"] for row in rows], p, atol=5e-3)
     assert json.loads(table.schema.metadata[b"classes"]) == list(CLASSES)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "predictions.parquet"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "plots", "predictions.parquet"]
 
 
 def test_the_metrics_are_those_that_the_run_reported(home: Path, tmp_path: Path) -> None:

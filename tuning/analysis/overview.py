@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,6 +119,15 @@ def look_at(probabilities: Probabilities, labels: Indices, rows: Indices, names:
         suspects=tuple(case(index, suggested) for index, suggested in suspects),
         curves=tuple(curve(probabilities[:, k], labels == k, k) for k in _hardest(counts)),
     )
+
+
+def named_pairs(overview: Overview) -> list[dict[str, Any]]:
+    """The most confused pairs as `json` can write them."""
+    classes = overview.classes
+    return [
+        {"label": classes[p.actual], "predicted": classes[p.predicted], "images": p.count, "share": p.share}
+        for p in overview.pairs
+    ]
 
 
 def _hardest(counts: PerClass) -> Sequence[int]:
