@@ -107,7 +107,8 @@ def test_the_run_on_its_own_data_equals_a_plain_loop(home: Path, tmp_path: Path,
     assert [row["predicted"] for row in rows] == [CLASSES[n] for n in predicted]
     np.testing.assert_allclose([row["probabilities"] for row in rows], p, atol=5e-3)
     assert json.loads(table.schema.metadata[b"classes"]) == list(CLASSES)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "plots", "predictions.parquet"]
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left == ["metrics.json", "plots", "predictions.parquet"]
 
 
 def test_the_metrics_are_those_that_the_run_reported(home: Path, tmp_path: Path) -> None:
