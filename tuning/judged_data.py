@@ -78,7 +78,7 @@ def labels_for(rows: Dataset, data: Data, classes: tuple[str, ...]) -> Tensor:
 def names_of(dataset: Dataset, rows: Tensor) -> list[str]:
     """The paths of the pictures in *rows* ``(N,)`` or, where they have none, ``row N``."""
     pictures, names = dataset.select_columns(["image"]).with_format("arrow"), []
-    for some in rows.split(AT_ONCE):
+    for some in torch.split(rows, AT_ONCE):
         paths = pc.struct_field(pictures[some.tolist()].column("image"), "path").to_pylist()
         names += [path or f"row {row}" for path, row in zip(paths, some.tolist(), strict=True)]
     return names
