@@ -100,7 +100,7 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def coerce(value: Any, wanted: Any, where: str) -> Any:
-    """*value* as the type *wanted* (int, float, str, bool, Literal, or a union or a tuple of these).
+    """*value* as the type *wanted* (int, float, str, bool, Literal, a union of these, or a tuple of texts).
 
     Raises:
         UserError: when no member of the type accepts the value; names *where* it was read.
@@ -125,8 +125,8 @@ def _as_member(value: Any, member: Any) -> Any:
         return _require(value is None or value in ("None", "none", "null"), None)
     if get_origin(member) is Literal:
         return _require(value in get_args(member), value)
-    if get_origin(member) is tuple:  # of any length
-        return tuple(_as_member(one, get_args(member)[0]) for one in _require(isinstance(value, list | tuple), value))
+    if member is tuple:  # of any number of texts
+        return tuple(_as_member(one, str) for one in _require(isinstance(value, list | tuple), value))
     if value is None or isinstance(value, list | tuple | dict | set | bytes):
         raise TypeError
     if member is bool:
@@ -163,7 +163,7 @@ def _describe(wanted: Any) -> str:
     for member in _members(wanted):
         if get_origin(member) is Literal:
             parts += [repr(v) for v in get_args(member)]
-        elif get_origin(member) is tuple:
+        elif member is tuple:
             parts.append("a list")
         else:
             parts.append(names[member])

@@ -16,8 +16,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
-
 BEAT_SECONDS = 2.0
 STORE_SECONDS = 5.0  # a store that takes longer to answer is out of reach
 OWN_CODE = (Path(__file__).parent, Path(__file__).parents[1] / "recipes")
@@ -135,6 +133,8 @@ class Heartbeat:
 
     def ended(self, signs: list[Sign] | None) -> str | None:
         """Processes of this host that are no more, in words; None while all are there."""
+        import psutil
+
         here = [sign for sign in signs or [] if sign.host == socket.gethostname()]
         gone = [sign for sign in here if not psutil.pid_exists(sign.pid)]
         ends = _joined(f"{sign} ended without a word, after step {sign.step}" for sign in gone)

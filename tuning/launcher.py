@@ -14,8 +14,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 from tuning import interrupts
 
 TOKEN = ".launcher"
@@ -73,6 +71,8 @@ def first_start(output: str | None, resume: str, runs: Path) -> tuple[str | None
 
 def token() -> str:
     """What tells this launcher from every other one: its host, its pid and when it was started."""
+    import psutil
+
     pid = os.getppid()
     return f"{socket.gethostname()} {pid} {psutil.Process(pid).create_time()}"
 
@@ -98,7 +98,7 @@ def end_with_launcher() -> None:
 def _has_launcher() -> bool:
     """Environment variables alone prove nothing: they may have been exported in a shell."""
     try:
-        started_by = psutil.Process(os.getppid()).cmdline()
-    except psutil.Error:
+        started_by = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
         return False
     return any(Path(part).name in LAUNCHERS for part in started_by[:4])

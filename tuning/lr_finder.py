@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tuning.errors import UserError
+from tuning.flags import FinderFlags
 from tuning.lr_auto import part_of
 from tuning.lr_curve import Band, band
 from tuning.lr_race import Candidate, affordable, winner
 from tuning.lr_ranges import SWEPT, clamped, kind_of
 from tuning.lr_trials import Search, Sweep, Trials, judged_untrained, race, sweep, uncounted
 from tuning.plan import StagePlan
-from tuning.recipe_flags import FinderFlags
 from tuning.stages import Stage, stage_number
 
 Write = Callable[[Mapping[str, float], int], None]

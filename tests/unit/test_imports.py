@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LAYER_0 = ("errors", "coerce", "flags", "stages", "progress", "schedules", "sizes", "command_line")
+LAYER_0 = ("errors", "coerce", "stages", "progress", "schedules", "sizes", "command_line")
 LAYER_0 += ("run_folder", "summary", "data.sampling", "data.splits", "records", "interrupts", "checks")
 LAYER_0 += ("launcher", "heartbeat", "echoes", "preflight.findings", "lr_curve", "lr_race", "lr_ranges", "manifest")
-LAYER_0 += ("run_defaults", "outputs", "exporting.preprocessing", "plain_command", "recipe_flags")
+LAYER_0 += ("run_defaults", "outputs", "exporting.preprocessing", "plain_command")
+LAYER_0 += tuple(f"flags.{p.stem}" for p in (ROOT / "tuning/flags").glob("*.py") if p.stem != "__init__")
 LAYER_0 += ("kept_predictions", "analysis.mistakes", "comparison.paired", "comparison.runs")
 LAYER_2 = ("agreement", "session", "entering", "engine", "feeds", "features", "evaluation", "checkpoint")
 LAYER_2 += ("track", "console", "head_fit", "saving", "stopping", "numerical_faults", "tracker_history")

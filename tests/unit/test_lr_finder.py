@@ -24,6 +24,7 @@ from tuning.data.sampling import TrainOrder
 from tuning.engine import Step, train_steps
 from tuning.entering import Entered, enter_stage
 from tuning.errors import UserError
+from tuning.flags import FinderFlags
 from tuning.losses import Loss, cross_entropy
 from tuning.lr_auto import is_transformer
 from tuning.lr_curve import smoothed, smoothing
@@ -33,7 +34,6 @@ from tuning.lr_trials import Search, Sweep, Trials, race, sweep
 from tuning.no_trace import leaving_no_trace
 from tuning.plan import StagePlan, make_plan
 from tuning.progress import Progress
-from tuning.recipe_flags import FinderFlags
 from tuning.stages import Stage
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

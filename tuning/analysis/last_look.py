@@ -18,13 +18,13 @@ from tuning.data import fingerprint
 from tuning.data.broken import Unreadable
 from tuning.data.sources import Data
 from tuning.feeds import judging_feed
+from tuning.flags import EvaluateFlags
 from tuning.interrupts import StopRequested
 from tuning.judgement import finite, judge
 from tuning.kept_predictions import write
 from tuning.model_names import LOCAL, look_up
 from tuning.models import ModelInfo
 from tuning.predicting import Predictions, stream
-from tuning.recipe_flags import EvaluateFlags
 from tuning.run_folder import RunFolder
 
 BATCHES = 4  # of every process between two exchanges, at which a wish to stop is heard

@@ -1,0 +1,19 @@
+"""Flags of the group batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class BatchFlags:
+    batch_size: int = 64
+    """Images per optimizer step over all processes: the number the learning rate belongs to."""
+    micro_batch: int | Literal["auto"] = "auto"
+    """Images per forward pass per process. auto = the largest divisor of a process's share of --batch-size, up to 64 on
+    a CPU and 1024 on a GPU. Where memory runs out it is halved, a number given here too, and the run goes on: the batch
+    of an optimizer step and the learning rate stay."""
+    workers: int | Literal["auto"] = "auto"
+    """Loader processes per training process; 0 = none. auto = CPU cores per training process less one, 1 to 8; none
+    when training itself runs on two CPU cores or fewer."""

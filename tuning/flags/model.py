@@ -1,0 +1,30 @@
+"""Flags of the group model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+from tuning.flags.names import InitName
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    model: str = "tf_efficientnet_lite0"
+    """Any timm model name, or local-dir:PATH for a folder in timm's format."""
+    weights: str = "pretrained"
+    """pretrained, none, or the path of a weight file (.safetensors, .pth)."""
+    head_init: Literal["default", "kaiming", "xavier", "orthogonal", "zero", "fitted"] = "default"
+    """How the weights of the new head start. default = timm's own; fitted = logistic regression on features computed
+    once, its L2 penalty chosen by cross-validation."""
+    init: InitName = "default"
+    """The same for the whole network; with --weights none only."""
+    drop_rate: Optional[float] = None
+    """Dropout before the head, probability in [0, 1). Default: the model's own, mostly 0."""
+    drop_path_rate: Optional[float] = None
+    """Stochastic depth (Huang et al. 2016), probability in [0, 1) of dropping the deepest block. Default: the
+    model's own."""
+    image_size: Optional[int] = None
+    """Side of the square input in pixels. Default: the size the weights were trained at."""
+    crop_pct: Optional[float] = None
+    """Share of the picture's shorter side that the evaluation crop keeps, in (0, 1]. Default: the model's own."""

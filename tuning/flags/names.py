@@ -1,0 +1,25 @@
+"""Words that several flags and stage keys take, and flags of several words."""
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+ScheduleName = Literal["sgdr", "cosine", "one-cycle", "step", "triangular", "constant"]
+InitName = Literal["default", "kaiming", "xavier", "orthogonal", "zero"]
+LossName = Literal["cross-entropy", "bce", "focal"]
+
+if TYPE_CHECKING:
+    Texts = tuple[str, ...]
+else:
+    Texts = Annotated[
+        tuple,
+        PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[STR [STR ...]]",
+            instance_from_str=tuple,
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=list,
+        ),
+    ]
+"""Any number of texts. Spelt for the parser: for ``tuple[str, ...]`` and ``X | None`` (not `Optional`) it imports
+typeguard, which makes every command slower."""

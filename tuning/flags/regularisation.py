@@ -1,0 +1,34 @@
+"""Flags of the group regularisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Optional
+
+from tuning.flags.names import LossName
+
+
+@dataclass(frozen=True)
+class RegularisationFlags:
+    loss: LossName = "cross-entropy"
+    """Training loss: cross-entropy; bce = every class against the rest (Wightman et al. 2021); focal = less weight for
+    what is classified well (Lin et al. 2017). Evaluation always reports cross-entropy."""
+    focal_gamma: float = 2.0
+    """How much less: the factor of --loss focal is (1 - probability of the label) to this power, from 0."""
+    label_smoothing: float = 0.0
+    """Probability mass moved from the label to all classes (Szegedy et al. 2016), in [0, 1)."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced = weight each class in the loss by 1 / its share of the images, so that rare classes count as much."""
+    ema_decay: Optional[float] = None
+    """Keep an exponential moving average of the weights with this decay per optimizer step, in (0, 1), for example
+    0.999; it warms up from 0. Evaluated beside the raw weights, as eval_ema/... Default: none."""
+    augment: Literal["none", "light", "medium"] = "light"
+    """none = the evaluation crop; light = random crops of 70-100 % of the area; medium = 35-100 %."""
+    flip: Literal["none", "horizontal", "both"] = "horizontal"
+    """Random flips: none, left-right, or left-right and top-bottom."""
+    mixup: float = 0.0
+    """Blend each training picture, and its label, with another one (Zhang et al. 2018): alpha of the Beta distribution
+    of the shares, for example 0.2; 0 = off. None in head-only epochs with --cache-features."""
+    cutmix: float = 0.0
+    """Paste a box of another training picture, and its share of the label (Yun et al. 2019): alpha, for example 1.0;
+    0 = off. With --mixup too, each picture gets one of the two."""
