@@ -342,39 +342,59 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_search_loses_and_repeats_nothing(how: int, coloured: Path, tmp_path: Path) -> None:
-    """Struck within the second trial, it ends as the search that wasn't; the trial goes on where it was."""
+def test_a_killed_search_loses_and_repeats_nothing(coloured: Path, tmp_path: Path) -> None:
+    """Killed within the second trial, it ends as the search that wasn't; that trial goes on where it was."""
     parameters = {"lr": {"min": 0.0005, "max": 0.005}, "epochs": {"value": 30}}
     space = write_space(tmp_path, parameters=parameters)
-    flags = ("--space", space, "--data", str(coloured), *SMALL, *SHORT, "--trials", "3")
-    second = tmp_path / "study" / "trials" / "0001"
+    flags = ("--space", space, "--data", str(coloured), *SMALL, *SHORT, "--trials", "2")
+    study, second = tmp_path / "study", tmp_path / "study" / "trials" / "0001"
     process = start(tmp_path, *flags)
     wait_for(lambda: len(evaluations(second)) >= 3, process)
-    process.send_signal(how)
-    _, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == (75 if how != signal.SIGKILL else -signal.SIGKILL)
-    if how != signal.SIGKILL:
-        assert f"stopped on {signal.Signals(how).name}; --resume auto" in err
-        assert summary(tmp_path / "study")["status"] == "preempted"
-        assert [p for p in psutil.process_iter(["cmdline"]) if str(second) in str(p.info["cmdline"])] == []
-    assert len(rows(tmp_path / "study")) == 1, "what was interrupted is no result"
-
+    process.kill()
+    process.communicate()
+    assert len(rows(study)) == 1, "what was interrupted is no result"
     done = run(tmp_path, *flags, "--resume", "auto")
     assert done.returncode == 0, done.stderr
-    found = rows(tmp_path / "study")
-    assert sorted(row["trial"] for row in found) == ["0", "1", "2"]
-    assert {row["status"] for row in found} == {"done"}
-    assert "Going on" in (second / "output.log").read_text() or "resum" in (second / "output.log").read_text().lower()
+    found = [[row[key] for key in ("trial", "lr", "balanced_accuracy", "status")] for row in rows(study)]
+    assert {(trial, status) for trial, *_, status in found} == {("0", "done"), ("1", "done")}
     assert len(evaluations(second)) == 30
-
     (tmp_path / "whole").mkdir()
     write_space(tmp_path / "whole", parameters=parameters)
-    whole = run(tmp_path / "whole", *flags)
-    assert whole.returncode == 0, whole.stderr
-    kept = [{key: row[key] for key in ("trial", "lr", "balanced_accuracy", "status")} for row in found]
+    assert run(tmp_path / "whole", *flags).returncode == 0
     others = rows(tmp_path / "whole" / "study")
-    assert kept == [{key: row[key] for key in ("trial", "lr", "balanced_accuracy", "status")} for row in others]
+    assert found == [[row[key] for key in ("trial", "lr", "balanced_accuracy", "status")] for row in others]
+    steps = [
+        [(r["step"], r["eval/loss"]) for r in evaluations(t)]
+        for t in (second, tmp_path / "whole" / second.relative_to(tmp_path))
+    ]
+    assert steps[0] == steps[1], "evaluation by evaluation"
+    resumed = (second / "output.log").read_text()
+    assert resumed.count("epoch 1 ") == 1, "it went on where it was"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT"])
+def test_a_search_that_is_asked_to_stop_goes_on(how: str, coloured: Path, tmp_path: Path) -> None:
+    space = write_space(tmp_path, parameters={"lr": {"min": 0.0005, "max": 0.005}, "epochs": {"value": 40}})
+    flags = ("--space", space, "--data", str(coloured), *SMALL, *SHORT, "--trials", "1")
+    study, trial = tmp_path / "study", tmp_path / "study" / "trials" / "0000"
+    process = start(tmp_path, *flags)
+    wait_for(lambda: len(evaluations(trial)) >= 2, process)
+    process.send_signal(getattr(signal, how))
+    _, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 75
+    assert f"stopped on {how}; --resume auto" in err
+    assert [summary(folder)["status"] for folder in (study, trial)] == ["preempted", "preempted"]
+    assert left_of(tmp_path) == []
+    done = run(tmp_path, *flags, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert [row["status"] for row in rows(study)] == ["done"]
+    assert len(evaluations(trial)) == 40
+
+
+def left_of(folder: Path) -> list[psutil.Process]:
+    """Processes that name *folder*."""
+    return [p for p in psutil.process_iter(["cmdline"]) if str(folder) in str(p.info["cmdline"])]
 
 
 @pytest.mark.slow
@@ -440,8 +460,7 @@ def test_a_search_of_two_processes_is_stopped_whole(coloured: Path, tmp_path: Pa
     process.communicate(timeout=LIMIT)
     assert process.returncode == 75
     assert summary(trial)["status"] == "preempted"
-    left = [p for p in psutil.process_iter(["cmdline", "status"]) if str(tmp_path) in str(p.info["cmdline"])]
-    assert left == []
+    assert left_of(tmp_path) == []
 
 
 @pytest.mark.slow

@@ -91,16 +91,17 @@ def test_a_search_stays_in_its_space(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("metric", "best"), [("eval/top1", 0.9), ("eval/loss", 0.1)])
 def test_outcomes_come_best_first(metric: str, best: float) -> None:
     study = Study(space(metric=metric), 0, None)
-    ends = [done(0.1), done(0.9), Ended("failed", None, 2.0, "why"), Ended("pruned", None, 3.0), done(0.5)]
-    for end in ends:
+    cut = Ended("pruned", None, 3.0)
+    ends = [(done(0.1), 0.1), (done(0.9), 0.1), (Ended("failed", None, 2.0, "why"), 0.1), (cut, math.nan), (cut, 0.3)]
+    for end, last in ends:
         trial = study.next(None)
         assert trial is not None
-        trial.report(math.nan if end.status == "pruned" else 0.3, 1)
+        trial.report(last, 1)
         study.record(trial, end)
     told = study.outcomes()
-    assert [one.status for one in told] == ["done", "done", "done", "pruned", "failed"]
+    assert [one.status for one in told] == ["done", "done", "pruned", "pruned", "failed"]
     assert told[0].value == best
-    assert (told[3].value, told[4].reason, told[4].seconds) == (None, "why", 2.0)
+    assert ([one.value for one in told[2:]], told[4].reason, told[4].seconds) == ([0.3, None, None], "why", 2.0)
     assert results.best_of(told) == told[0]
 
 

@@ -93,9 +93,12 @@ class Study:
 
     def outcomes(self) -> list[Outcome]:
         """Of every trial so far, best first."""
-        known = map(_outcome, self._latest())
         sign = -1 if HIGHER_IS_BETTER[self._space.best_by] else 1
-        return sorted(known, key=lambda o: (ORDER.index(o.status), sign * (math.inf if o.value is None else o.value)))
+
+        def rank(one: Outcome) -> tuple[int, float]:
+            return ORDER.index(one.status), math.inf if one.value is None else sign * one.value
+
+        return sorted(map(_outcome, self._latest()), key=rank)
 
     def _latest(self) -> list[FrozenTrial]:
         """The last row of every trial, in the order of their numbers."""
