@@ -22,7 +22,7 @@ LAYER_0 += tuple(
 )
 LAYER_2 = ("agreement", "session", "entering", "engine", "feeds", "features", "evaluation", "checkpoint")
 LAYER_2 += ("track", "console", "head_fit", "saving", "stopping", "numerical_faults", "tracker_history")
-LAYER_2 += ("out_of_memory",)
+LAYER_2 += ("out_of_memory", "sharding")
 LAYER_2 += ("unreadable", "data_check", "resuming", "preparing", "overfitting", "lr_finder", "lr_report")
 LAYER_2 += ("lr_trials", "no_trace", "gathering", "predicting")
 LAYER_2 += tuple(f"preflight.{name}" for name in ("reading", "trial", "memory", "timing", "verdict"))
