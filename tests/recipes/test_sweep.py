@@ -139,10 +139,12 @@ def test_sweep_flags_are_refused_elsewhere() -> None:
 def test_a_dry_run_prints_the_space_and_the_first_trial(
     ask: Ask, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ask("--space", "vit", "--data", "photos", "--lr", "auto", "--mixup", "0", "--dry-run", "--launcher=--cpu")
+    ask(
+        "--space", "vit", "--data", "photos", "--lr", "auto", "--mixup", "0", "--dry-run", "--launcher", "--cpu --debug"
+    )
     told = capsys.readouterr().out
     assert "0.6 to 0.95" in told
-    (words,) = [line for line in told.splitlines() if "accelerate.commands.launch --cpu" in line]
+    (words,) = [line for line in told.splitlines() if "accelerate.commands.launch --cpu --debug" in line]
     assert " --model=vit_small_patch16_224.augreg_in21k " in words
     assert "--lr" not in words, "what is typed is not searched"
     assert "--mixup" not in words
