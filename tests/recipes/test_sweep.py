@@ -24,7 +24,7 @@ from recipe_runs import ROOT, run_forked
 
 from tuning.command_line import parse_command
 from tuning.errors import UserError
-from tuning.searching import launching
+from tuning.searching import launching, pictures
 
 SMALL = ("--model", "test_vit", "--weights", "none", "--image-size", "32", "--batch-size", "8", "--workers", "0")
 SHORT = ("--freeze-epochs", "0", "--tracker", "none", "--threads", "1", "--output", "study")
@@ -191,6 +191,12 @@ def fake(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
     return call
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pictures, which take longer than such trials."""
+    monkeypatch.setattr(pictures, "draw", lambda *_: [])
+
+
 def test_a_search_of_three_trials(fake: Ask, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_space(tmp_path, command=PLAIN)
     fake("--trials", "3", "--model", "test_vit", "--seed", "2")
@@ -227,6 +233,7 @@ def test_a_search_of_three_trials(fake: Ask, tmp_path: Path, capsys: pytest.Capt
         fake("--trials", "3", "--model", "test_vit", "--seed", "2", "--resume", "auto")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_search_that_is_stopped_goes_on(fake: Ask, tmp_path: Path) -> None:
     """By the clock, in its second trial; a trial that goes on keeps its number and its folder."""
     write_space(tmp_path, method="grid", command=PLAIN, parameters={"lr": {"values": [0.1, 0.2, 0.3]}})
@@ -243,6 +250,7 @@ def test_a_search_that_is_stopped_goes_on(fake: Ask, tmp_path: Path) -> None:
     assert summary(study)["trials"] == {"done": 3}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_trial_that_is_behind_is_cut_short(fake: Ask, tmp_path: Path) -> None:
     write_space(
         tmp_path,
@@ -259,6 +267,7 @@ def test_a_trial_that_is_behind_is_cut_short(fake: Ask, tmp_path: Path) -> None:
     assert 2 <= len(evaluations(study / "trials" / "0001")) < 40
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_failures_are_told_and_end_a_search_only_if_nothing_else_comes(fake: Ask, tmp_path: Path) -> None:
     parameters = {"lr": {"values": [0.1, 0.5]}, "warmup_epochs": {"values": [0.0, 5.0]}}
     write_space(tmp_path, method="grid", command=PLAIN, parameters={"lr": {"values": [0.1, 0.5]}})
