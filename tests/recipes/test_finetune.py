@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import offline_wandb
 import pytest
 import timm
 import torch
@@ -88,10 +89,7 @@ def test_model_loads_in_timm_and_predicts_the_same(finished: Path, photos: Path)
 
 
 def test_wandb_holds_the_curves(finished: Path) -> None:
-    wandb = Path(sys.executable).parent / "wandb"
-    command = [str(wandb), "leet", "inspect", "--json", str(finished / "wandb" / "latest-run")]
-    lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
-    entries = [json.loads(line) for line in lines]
+    entries = offline_wandb.entries(finished / "wandb" / "latest-run")
     text = [json.dumps(e) for e in entries if e["type"] == "history"]
     for name in ("train/loss", "train/grad_norm", "lr/layer", "eval/top1", "eval/balanced_accuracy", "eval/loss"):
         assert any(name in entry for entry in text), name
