@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--model", default="tf_efficientnet_lite0")
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--micro-batch", type=int, default=32)
-    parser.add_argument("--window", type=int, default=4, help="optimizer steps")
+    parser.add_argument("--window", type=int, default=3, help="optimizer steps")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     warnings.simplefilter("ignore")  # in the processes, too: they are forked

@@ -76,8 +76,8 @@ def test_a_step_by_hand() -> None:
 
 
 def test_buckets_close_at_their_limits() -> None:
-    sizes = [(MIB, 1.0), (20 * MIB, 2.0), (6 * MIB, 3.0), (5, 4.0)]
-    assert scale_model.in_buckets(sizes) == [(MIB, 1.0), (26 * MIB, 3.0), (5, 4.0)]
+    sizes = [(MIB, 1.0), (24 * MIB, 2.0), (MIB, 3.0), (5, 4.0)]
+    assert scale_model.in_buckets(sizes) == [(MIB, 1.0), (25 * MIB, 3.0), (5, 4.0)]
 
 
 def test_loaders_and_evaluations() -> None:
