@@ -206,7 +206,8 @@ def model_rows(found: dict[str, Rounds], each: int) -> Iterator[list[str]]:
         reduces = statistics.median(sum(seen.reduces) for seen in rounds.weak)
         paper = statistics.median(on_paper(seen).seconds for seen in rounds.weak)
         simulated = statistics.median(played(seen) for seen in rounds.weak)
-        cells = (seconds(rounds.one), silent, reduces, paper, simulated, silent + reduces, seconds(rounds.weak))
+        unhidden = statistics.median(statistics.median(seen.silent) + sum(seen.reduces) for seen in rounds.weak)
+        cells = (seconds(rounds.one), silent, reduces, paper, simulated, unhidden, seconds(rounds.weak))
         yield [stage, *map(milliseconds, cells)]
 
 
