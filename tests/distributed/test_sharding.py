@@ -11,7 +11,7 @@ import timm
 import torch
 from plain_stages import plain_stage
 from ranks import run_ranks
-from recipe_runs import finetune_here
+from recipe_runs import finetune_here, recipe_here
 from safetensors.torch import load_file
 from stage_runs import StageRun, largest_difference, run_stages, state_of
 from torch import nn
@@ -189,6 +189,27 @@ def test_the_recipe_trains_stops_and_goes_on(photos: Path, tmp_path: Path) -> No
     best = max(m["eval_ema/balanced_accuracy"] for m in metrics if "eval_ema/balanced_accuracy" in m)
     assert summary["best"]["balanced_accuracy"] == pytest.approx(best)
     assert summary["judged"]["balanced_accuracy"] == pytest.approx(best, abs=1e-6)
+
+
+def find_lr(folder: Path, split: bool, *flags: str) -> int | None:
+    if split:
+        ask()
+    return recipe_here(folder, "find_lr", *flags).returncode
+
+
+@pytest.mark.slow
+def test_the_lr_finder_draws_the_same_curve(photos: Path, tmp_path: Path) -> None:
+    """Its trials, too, leave no trace: each begins where the first did."""
+    flags = ("--data", str(photos), *VIT, *STAGES, "--stage", "all", "--tracker", "none", "--workers", "0")
+    flags += ("--finder-steps", "30", "--finder-sweeps", "2", "--finder-race", "10")
+    curves = []
+    for split in (True, False):
+        run = tmp_path / f"split-{split}"
+        assert run_ranks(2, find_lr, tmp_path, split, *flags, "--output", str(run)) == [0, 0]
+        curves.append([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+    losses = [[m["lr_finder/loss"] for m in curve if m.get("lr_finder/loss")] for curve in curves]
+    assert len(losses[0]) > 40
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_a_refusal_ends_the_recipe_with_2(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
