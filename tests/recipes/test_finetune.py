@@ -188,6 +188,7 @@ def test_dry_run_draws_the_schedule_and_stops(photos: Path, finetune: Run, tmp_p
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.slow
 def test_a_wandb_key_that_does_not_work_leaves_the_run_offline(photos: Path, tmp_path: Path) -> None:
     """No network, or a key that is refused: the run goes on, says so, and can be uploaded later."""
     flags = ("--data", str(photos), *SMALL, "--freeze-epochs", "0", "--epochs", "1", "--output", "run")
@@ -264,7 +265,7 @@ def test_resume_that_has_nothing_to_go_on_with(finished: Path, photos: Path, fin
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+@pytest.mark.parametrize("launcher", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_processes_from_a_real_launcher(finished: Path, photos: Path, tmp_path: Path, launcher: str) -> None:
     recipe = str(ROOT / "recipes" / "finetune.py")
     start = {

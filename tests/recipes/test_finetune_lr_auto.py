@@ -101,6 +101,7 @@ def here(folder: str, *flags: str) -> int:
     return finetune_here(*flags)
 
 
+@pytest.mark.slow
 def test_two_processes_find_and_train_the_same(coloured: Path, tmp_path: Path) -> None:
     """Both ranks take the same answer, or their gradients would drift apart and the run be refused."""
     flags = ("--data", str(coloured), *SMALL, *HOW, "--tracker", "none")
