@@ -71,12 +71,14 @@ class Work:
         kernels: FLOP and bytes of each, in order, forward then backward.
         gradients: bytes of each open parameter's, as they appear, and how many kernels are done by then.
         parameters: elements of the whole model, closed ones included.
+        gathered: bytes of one of them on its way under FSDP2: bf16, float32 for models with BatchNorm.
     """
 
     images: int
     kernels: tuple[tuple[float, float], ...]
     gradients: tuple[tuple[int, int], ...]
     parameters: int
+    gathered: int = 2
 
     @property
     def gradient_bytes(self) -> int:
@@ -220,14 +222,15 @@ def sent_by_ddp(work: Work, world: int) -> float:
 
 
 def sent_by_fsdp2(work: Work, world: int) -> float:
-    """Bytes that a GPU sends in a step of FSDP2 in bf16, with one micro-batch.
+    """Bytes that a GPU sends in a step of FSDP2, with one micro-batch.
 
-    Parameters are gathered for the forward and, where there is one, for the backward pass, closed ones too; gradients
-    of open ones are reduced and scattered. In equal precision that is 3 units to the 2 of an all-reduce; here 2 bytes
-    an element to the 4 of DDP. Closed parameters are taken to lie below the open ones: no backward pass reaches them.
+    Parameters are gathered for the forward pass, closed ones too, and where there is a backward pass for that;
+    gradients of open ones are reduced in float32 and scattered. Closed ones are taken to lie below the open ones, where
+    no backward pass comes; what FSDP2 gathers for it in vain, layers outside of blocks and one block, is left out. All
+    open, in one precision, these are 3 units to the 2 of an all-reduce.
     """
-    elements = work.parameters + 2 * work.open_parameters
-    return (world - 1) / world * 2 * elements
+    gathered = work.gathered * (work.parameters + work.open_parameters)
+    return (world - 1) / world * (gathered + work.gradient_bytes)
 
 
 def decoded_per_second(cluster: Cluster, workers: int) -> float:

@@ -32,7 +32,9 @@ def count(name: str, images: int, image_size: int, classes: int = 1000, opened: 
         labels = torch.zeros(images, dtype=torch.long)
         with Kernels() as seen, gradients_of(model, seen) as gradients:
             functional.cross_entropy(model(pictures).float(), labels).backward()
-    return Work(images, tuple(seen.kernels), tuple(gradients), sum(p.numel() for p in model.parameters()))
+    elements = sum(p.numel() for p in model.parameters())
+    gathered = 4 if any(name.endswith("running_mean") for name, _ in model.named_buffers()) else 2
+    return Work(images, tuple(seen.kernels), tuple(gradients), elements, gathered)
 
 
 class Kernels(TorchDispatchMode):

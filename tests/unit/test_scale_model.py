@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -13,11 +15,14 @@ import torch
 from accelerate import Accelerator
 from plain_stages import plain_stage
 from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.benchmarks import scale, scale_model, scale_work
 from tests.benchmarks.scale_model import Cluster, Step, Work
 from tests.benchmarks.scale_simulation import Disturbance, simulate
 from tests.benchmarks.two_processes import train
+from tuning import session, sharding
+from tuning.blocks import repeated_blocks
 from tuning.entering import enter_stage
 from tuning.plan import make_plan
 
@@ -71,7 +76,10 @@ def test_a_step_by_hand() -> None:
     alone = scale_model.step(work, 1, PLAIN)
     assert (alone.compute, alone.exposed, alone.vote, alone.messages) == (9, 0, 0, 0)
     assert scale_model.sent_by_ddp(work, 4) == 1.5 * (4 * MIB + MIB // 2)
-    assert scale_model.sent_by_fsdp2(work, 4) == 0.75 * (2 * 2 * MIB + 4 * work.open_parameters)
+    assert scale_model.sent_by_fsdp2(work, 4) == 0.75 * (2 * 2 * MIB + (2 + 4) * work.open_parameters)
+    assert scale_model.sent_by_fsdp2(replace(work, gathered=4), 4) == 0.75 * (
+        4 * 2 * MIB + (4 + 4) * work.open_parameters
+    )
     assert scale_model.staging_seconds(work, PLAIN) == 12 * 2 * MIB / 4
 
 
@@ -170,6 +178,48 @@ def test_two_processes_reduce_what_is_counted(stage: str) -> None:
         assert seen.sizes == buckets
         assert sum(seen.sizes) == work.gradient_bytes
     assert len(buckets) == {"everything": 3, "head": 1}[stage]
+
+
+class Collectives(TorchDispatchMode):
+    """Bytes of what is gathered and what is reduced and scattered within it, whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered, self.scattered = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.c10d._allgather_base_:
+            self.gathered += args[0].nbytes
+        if func.overloadpacket is torch.ops.c10d._reduce_scatter_base_:
+            self.scattered += args[1].nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def sharded_step(opened: str) -> tuple[int, int, int]:
+    """Processes, and bytes gathered and scattered in one step of a sharded model in bf16."""
+    os.environ.update({sharding.ASKED: "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"})
+    accelerator = session.start("bf16", 1, shards=True)
+    model = timm.create_model("test_vit", num_classes=10)
+    sharding.shard(accelerator, model)
+    stage = plain_stage(open=opened)
+    (planned,) = make_plan([stage], model, train_images=4, world_size=2, micro_batch=2, image_size=160)
+    entered = enter_stage(accelerator, model, planned)
+    with Collectives() as seen:
+        entered.wrapped(torch.zeros(2, 3, 160, 160)).sum().backward()
+    return accelerator.num_processes, seen.gathered, seen.scattered
+
+
+@pytest.mark.parametrize("opened", ["all", "head"])
+def test_two_processes_gather_and_scatter_what_is_counted(opened: str) -> None:
+    """To 3 %, with which shares are filled up; for the head what is outside of blocks and one block come on top."""
+    work = scale_work.count("test_vit", 2, 160, classes=10, opened=opened)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in repeated_blocks(timm.create_model("test_vit"))]
+    again = {"all": 0, "head": 2 * (work.parameters - sum(blocks) + max(blocks))}[opened]
+    for world_size, gathered, scattered in run_ranks(2, sharded_step, opened):
+        assert world_size == 2
+        assert scattered == pytest.approx(work.gradient_bytes, rel=0.03)
+        sent = (gathered + scattered) / 2
+        assert scale_model.sent_by_fsdp2(work, 2) <= sent <= 1.03 * (scale_model.sent_by_fsdp2(work, 2) + again / 2)
 
 
 def test_a_published_gpu_within_a_tenth() -> None:
