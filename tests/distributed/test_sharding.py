@@ -249,6 +249,7 @@ def test_a_refusal_ends_the_recipe_with_2(photos: Path, tmp_path: Path, capfd: p
     ("settings", "precision", "said"),
     [
         ({"FSDP_VERSION": "1"}, "fp32", "fsdp_version 1 is not supported: set fsdp_version: 2"),
+        ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, "fp32", "fsdp_reshard_after_forward: false is not supported"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, "fp32", "fsdp_offload_params needs a GPU"),
         ({}, "fp16", "precision fp16 is not supported under FSDP"),
     ],
