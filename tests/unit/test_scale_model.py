@@ -211,15 +211,15 @@ def sharded_step(opened: str) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("opened", ["all", "head"])
 def test_two_processes_gather_and_scatter_what_is_counted(opened: str) -> None:
-    """To 3 %, with which shares are filled up; for the head what is outside of blocks and one block come on top."""
+    """To 5 %, by which shares are filled up; for the head what is outside of blocks and one block come on top."""
     work = scale_work.count("test_vit", 2, 160, classes=10, opened=opened)
     blocks = [sum(p.numel() for p in block.parameters()) for block in repeated_blocks(timm.create_model("test_vit"))]
     again = {"all": 0, "head": 2 * (work.parameters - sum(blocks) + max(blocks))}[opened]
     for world_size, gathered, scattered in run_ranks(2, sharded_step, opened):
         assert world_size == 2
-        assert scattered == pytest.approx(work.gradient_bytes, rel=0.03)
+        assert scattered == pytest.approx(work.gradient_bytes, rel=0.05)
         sent = (gathered + scattered) / 2
-        assert scale_model.sent_by_fsdp2(work, 2) <= sent <= 1.03 * (scale_model.sent_by_fsdp2(work, 2) + again / 2)
+        assert scale_model.sent_by_fsdp2(work, 2) <= sent <= 1.05 * (scale_model.sent_by_fsdp2(work, 2) + again / 2)
 
 
 def test_a_published_gpu_within_a_tenth() -> None:
