@@ -78,7 +78,7 @@ def check_asked(possible: bool, precision: str, processes: int, device: torch.de
         raise UserError(f"fsdp_version {plugin.fsdp_version} is not supported: set fsdp_version: 2.")
     if not plugin.reshard_after_forward:
         raise UserError(
-            "fsdp_reshard_after_forward: false is not supported: after an evaluation the next stage would open gathered "
+            "fsdp_reshard_after_forward: false is not supported: after an evaluation a stage would open gathered "
             "copies. Set it to true."
         )
     if precision == "fp16":
