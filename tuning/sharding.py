@@ -76,6 +76,11 @@ def check_asked(possible: bool, precision: str, processes: int, device: torch.de
         raise UserError("FSDP is asked for, but there is one process: nothing to share. Use --num_processes 2 or more.")
     if plugin.fsdp_version != 2:
         raise UserError(f"fsdp_version {plugin.fsdp_version} is not supported: set fsdp_version: 2.")
+    if not plugin.reshard_after_forward:
+        raise UserError(
+            "fsdp_reshard_after_forward: false is not supported: after an evaluation a stage would open gathered "
+            "copies. Set it to true."
+        )
     if precision == "fp16":
         raise UserError("precision fp16 is not supported under FSDP: use --precision bf16 or fp32, or plain DDP.")
     if _offloads(plugin) and device.type == "cpu":
@@ -123,12 +128,8 @@ def shard(accelerator: Accelerator, *models: nn.Module | None) -> None:
             _checkpoint_activations(model)
         precision = _precision(accelerator, model)
         offload = CPUOffloadPolicy() if _offloads(plugin) else OffloadPolicy()
-        reshard = bool(plugin.reshard_after_forward)
-        for block in repeated_blocks(model):
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=precision, offload_policy=offload)
-        fully_shard(model, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=offload)
-        for buffer in model.buffers():
-            buffer.data = buffer.to(accelerator.device)
+        for part in (*repeated_blocks(model), model):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=offload)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import timm
 import torch
 from plain_stages import plain_stage
 from ranks import run_ranks
-from recipe_runs import finetune_here
+from recipe_runs import ROOT, finetune_here, recipe_here
 from safetensors.torch import load_file
 from stage_runs import StageRun, largest_difference, run_stages, state_of
 from torch import nn
@@ -191,6 +193,52 @@ def test_the_recipe_trains_stops_and_goes_on(photos: Path, tmp_path: Path) -> No
     assert summary["judged"]["balanced_accuracy"] == pytest.approx(best, abs=1e-6)
 
 
+@pytest.mark.slow
+def test_the_real_launcher_asks_for_it(photos: Path, tmp_path: Path) -> None:
+    config = ROOT / "accelerate_configs" / "fsdp2.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += [
+        "--num_processes",
+        "2",
+        "--mixed_precision",
+        "no",
+        str(ROOT / "recipes" / "finetune.py"),
+        "--data",
+        str(photos),
+        *VIT,
+        "--freeze-epochs",
+        "0",
+    ]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    command += ["--epochs", "1", "--output", "run", "--tracker", "none"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu, fp32" in done.stdout
+    assert "one model split over all (FSDP2)" in done.stdout
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["world_size"] == 2
+
+
+def find_lr(folder: Path, split: bool, *flags: str) -> int | None:
+    if split:
+        ask()
+    return recipe_here(folder, "find_lr", *flags).returncode
+
+
+@pytest.mark.slow
+def test_the_lr_finder_draws_the_same_curve(photos: Path, tmp_path: Path) -> None:
+    """Its trials, too, leave no trace: each begins where the first did."""
+    flags = ("--data", str(photos), *VIT, *STAGES, "--stage", "all", "--tracker", "none", "--workers", "0")
+    flags += ("--finder-steps", "30", "--finder-sweeps", "2", "--finder-race", "10")
+    curves = []
+    for split in (True, False):
+        run = tmp_path / f"split-{split}"
+        assert run_ranks(2, find_lr, tmp_path, split, *flags, "--output", str(run)) == [0, 0]
+        curves.append([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+    losses = [[m["lr_finder/loss"] for m in curve if m.get("lr_finder/loss")] for curve in curves]
+    assert len(losses[0]) > 40
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)  # at the end of a sweep rounding grows
+
+
 def test_a_refusal_ends_the_recipe_with_2(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     argv = ("--data", str(photos), *VIT, "--head-init", "fitted", "--tracker", "none", "--workers", "0")
     assert run_ranks(2, finetune_sharded, tmp_path, {}, *argv) == [2, 2]
@@ -201,6 +249,7 @@ def test_a_refusal_ends_the_recipe_with_2(photos: Path, tmp_path: Path, capfd: p
     ("settings", "precision", "said"),
     [
         ({"FSDP_VERSION": "1"}, "fp32", "fsdp_version 1 is not supported: set fsdp_version: 2"),
+        ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, "fp32", "fsdp_reshard_after_forward: false is not supported"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, "fp32", "fsdp_offload_params needs a GPU"),
         ({}, "fp16", "precision fp16 is not supported under FSDP"),
     ],
