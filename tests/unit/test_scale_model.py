@@ -229,6 +229,7 @@ def test_a_published_gpu_within_a_tenth() -> None:
     assert_same_numbers(scale.markdown(scale.check_rows()), "python -m tests.benchmarks.scale --check")
 
 
+@pytest.mark.slow  # 20 s
 def test_the_page_holds_what_the_command_prints() -> None:
     assert_same_numbers("\n\n".join(scale.tables(scale.Question())), "python -m tests.benchmarks.scale")
 
