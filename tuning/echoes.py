@@ -18,6 +18,7 @@ from tuning.heartbeat import current, one_line
 ECHO_SECONDS = 10.0  # an echo waits so long to be ended by the launcher
 ECHO_WORDS = (  # only of exchanges: loaders and trackers time out and lose connections too
     *("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting"),
+    "pair closure",  # gloo, when the other side of a connection is not heard of any more
     *("process group watchdog", "monitoredbarrier"),
 )
 RESUME = "--resume auto --output FOLDER goes on from the last checkpoint."

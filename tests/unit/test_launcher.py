@@ -130,6 +130,7 @@ def test_a_run_ends_with_its_launcher_alone(tmp_path: Path, name: str, ends: boo
         (RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1"), True),
         (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 60000ms for recv"), True),
         (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc] Broken pipe"), True),
+        (RuntimeError("Application timeout caused pair closure"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), False),
         (RuntimeError("DataLoader timed out after 5 seconds"), False),
