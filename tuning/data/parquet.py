@@ -21,7 +21,7 @@ from pyarrow import fs
 from tuning.data.columns import choose_columns, class_map, codes_of, named, refuse_missing
 from tuning.data.folders import Skipped, extension, files_below
 from tuning.data.shards import HUB_ID, KINDS, choose_shards, is_saved
-from tuning.data.streamed import READING_FAILED, Shards, StreamedRows, filesystem, parquet_file, why_unreadable
+from tuning.data.streamed import READING_FAILED, Shards, StreamedRows, filesystem, is_text, parquet_file, why_unreadable
 from tuning.data.tables import Opened
 from tuning.errors import UserError
 
@@ -126,9 +126,10 @@ def _in_folder(folder: str) -> list[str]:
 
 @dataclass(frozen=True)
 class _Columns:
-    """The columns that are read, and the type of the labels in the first shard."""
+    """The columns that are read, as the first shard has them; `feature` is the type of the labels."""
 
     image: str
+    path: str | None
     label: str
     feature: object
 
@@ -146,12 +147,14 @@ class _Footer:
 def _columns(base: str, first: str, image_column: str | None, label_column: str | None) -> _Columns:
     try:
         with parquet_file(base, first) as file:
-            features = Features.from_arrow_schema(file.schema_arrow)
+            schema, leaves = file.schema_arrow, {file.schema.column(n).path for n in range(len(file.schema))}
+            features = Features.from_arrow_schema(schema)
     except (*READING_FAILED, ValueError, NotImplementedError) as error:
         raise UserError(f"The shard {first} can't be read: {why_unreadable(error)}.") from error
     empty = Dataset(InMemoryTable(features.arrow_schema.empty_table()), info=DatasetInfo(features=features))
     image, label = choose_columns(empty, image_column, label_column)
-    return _Columns(image, label, features[label])
+    of_paths = image if is_text(schema.field(image).type) else f"{image}.path"
+    return _Columns(image, of_paths if of_paths in leaves else None, label, features[label])
 
 
 def _survey(base: str, paths: Sequence[str], columns: _Columns) -> list[_Footer]:
@@ -208,7 +211,7 @@ def _rows(
     shard, group = np.repeat(np.arange(len(paths)), counts), np.concatenate([np.arange(n) for n in counts])
     some = rows > 0
     starts = np.concatenate([[0], np.cumsum(rows[some])])
-    shards = Shards(base, tuple(paths), columns.image, shard[some], group[some], starts, sizes[some])
+    shards = Shards(base, tuple(paths), columns.image, columns.path, shard[some], group[some], starts, sizes[some])
     return StreamedRows(shards, labels, shuffle)
 
 

@@ -66,6 +66,7 @@ class Shards:
         base: folder or URL; names the file system and the place below which the shards lie.
         paths: of the shards, on that file system.
         column: of the pictures.
+        path_column: of the paths that the pictures had; None where there are none.
         shard, group: of every block, which is a row group: its shard and its number there, ``(G,)``.
         starts: first row of every block, and the number of rows at the end, ``(G + 1,)``.
         sizes: bytes of every block's pictures in memory, ``(G,)``.
@@ -74,6 +75,7 @@ class Shards:
     base: str
     paths: tuple[str, ...]
     column: str
+    path_column: str | None
     shard: Rows
     group: Rows
     starts: Rows
@@ -94,8 +96,9 @@ class Shards:
 
     def read_names(self, block: int) -> list[str | None]:
         """The paths that a block's pictures had, without the pictures."""
-        column = self._column(block, f"{self.column}.path")
-        return column.to_pylist() if pa.types.is_string(column.type) else Pictures(column).paths.to_pylist()  # type: ignore[no-any-return]
+        if self.path_column is None:
+            return [None] * int(self.starts[block + 1] - self.starts[block])
+        return Pictures(self._column(block, self.path_column)).paths.to_pylist()  # type: ignore[no-any-return]
 
     def _column(self, block: int, name: str) -> pa.ChunkedArray:
         path, rows = self.paths[self.shard[block]], self.starts[block + 1] - self.starts[block]
@@ -106,7 +109,7 @@ class Shards:
                 table = file.read_row_group(int(self.group[block]), columns=[name], use_threads=False)
         except READING_FAILED as error:
             raise UserError(_gone(path, why_unreadable(error))) from error
-        if table.num_rows != rows:
+        if table.num_rows != rows or not table.num_columns:
             raise UserError(_gone(path, "it has other row groups"))
         return table.column(0)
 
@@ -118,6 +121,11 @@ def _gone(path: str, why: str) -> str:
     )
 
 
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of pictures holds their paths alone."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
 class Pictures:
     """Encoded pictures: bytes, paths, or a struct of both."""
 
@@ -127,7 +135,7 @@ class Pictures:
             fields = [field.name for field in column.type]
             self.content = pc.struct_field(column, "bytes") if "bytes" in fields else nothing
             self.paths = pc.struct_field(column, "path") if "path" in fields else nothing
-        elif pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        elif is_text(column.type):
             self.content, self.paths = nothing, column
         else:
             self.content, self.paths = column, nothing
