@@ -54,6 +54,8 @@ def parquet_file(base: str, path: str) -> Iterator[pq.ParquetFile]:
 
 def why_unreadable(error: BaseException) -> str:
     """The first line of what a reader said."""
+    if isinstance(error, FileNotFoundError):
+        return "it is not there"
     text = getattr(error, "strerror", None) or str(error)
     return text.splitlines()[0] if text else type(error).__name__
 
