@@ -134,13 +134,21 @@ def test_recipes_after_a_run_take_its_streaming_over(finished: Path, shards: Pat
 
 
 @pytest.mark.slow
+def test_one_small_batch_of_streamed_pictures_is_learned(shards: Path, tmp_path: Path) -> None:
+    done = recipe(tmp_path, "overfit", "--data", str(shards), *STREAM, *SMALL, "--workers", "0", "--output", "small")
+    assert done.returncode in (0, 1), done.stderr
+    assert "16 pictures of shards" in done.stdout.replace("\n", " ")
+
+
+@pytest.mark.slow
 def test_preflight_reads_every_streamed_picture(shards: Path, tmp_path: Path) -> None:
     flags = ("--data", str(shards), *STREAM, *SMALL, "--workers", "0", "--output", "check", "--decode")
     done = recipe(tmp_path, "check", *flags)
     assert done.returncode in (0, 1), done.stderr
     assert "Traceback" not in done.stderr
-    facts = json.loads((tmp_path / "check/summary.json").read_text())
-    assert "67" in json.dumps(facts) or "50" in json.dumps(facts)
+    facts = json.loads((tmp_path / "check/check.json").read_text())
+    assert facts["pictures"] == {"train": 50, "eval": 17}
+    assert facts["readable"] == 67
     assert (tmp_path / "check/findings.json").exists()
 
 

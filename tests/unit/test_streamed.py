@@ -25,9 +25,10 @@ from tuning.data.local_order import LocalOrder, train_order
 from tuning.data.sampling import EvalOrder
 from tuning.data.sources import Data, open_data
 from tuning.data.streamed import Shards, StreamedRows
-from tuning.data.tables import label_array, names_of, spread, take
+from tuning.data.tables import in_memory, label_array, names_of, spread, take
 from tuning.data.transforms import Crop, Normalise
 from tuning.errors import UserError
+from tuning.preflight.pictures import examine_all
 from tuning.sizes import BatchPlan
 
 ROW_GROUP = 5
@@ -120,6 +121,18 @@ def test_other_types_of_the_picture_column(tmp_path: Path, kind: str) -> None:
     assert names_of(data.train, [3]) == ["3.png" if kind == "string" else "row 3"]
 
 
+def test_shards_and_row_groups_may_be_empty(tmp_path: Path) -> None:
+    root = write_shards(tmp_path / "x", {"train": [9, 8]}, ROW_GROUP)
+    table = pq.read_table(root / "train-00000.parquet")
+    pq.write_table(table.slice(0, 0), root / "train-00000.parquet")
+    with pq.ParquetWriter(root / "train-00002.parquet", table.schema) as writer:
+        for part in (table.slice(0, 4), table.slice(0, 0), table.slice(4)):
+            writer.write_table(part)
+    rows = load(root, hold_out=False).train
+    assert [row["image"]["path"] for row in content(rows)] == [f"{n:05d}.png" for n in (*range(9, 17), *range(9))]
+    assert all(np.diff(rows.blocks.starts) > 0)
+
+
 def test_names_of_classes_decide_where_shards_number_them_differently(tmp_path: Path) -> None:
     tmp_path.joinpath("x").mkdir()
     pq.write_table(picture_table([0, 1, 2]), tmp_path / "x/train-0.parquet")
@@ -199,6 +212,19 @@ def test_an_epoch_reads_every_block_about_once(tmp_path: Path, monkeypatch: pyte
     assert len(reads) == 64
 
 
+@pytest.mark.parametrize("in_full", [False, True])
+def test_preflight_reads_every_block_once(shards: Path, monkeypatch: pytest.MonkeyPatch, in_full: bool) -> None:
+    rows, done = load(shards).train, list[int]()
+    reads = reads_of(monkeypatch)
+    options: dict[str, Any] = {"image_size": 16, "in_full": in_full, "workers": 0, "progress": done.append}
+    found = [one for part in (range(22), range(22, 50)) for one in examine_all(rows, part, **options)]
+    assert [one.row for one in found] == list(range(50))
+    assert all(one.problem is None for one in found)
+    assert sum(done) == 50
+    assert len(reads) == 11
+    assert [len(part) for part in rows.by_block(range(3, 22))] == [2, 5, 3, 5, 4]
+
+
 def test_going_on_within_an_epoch_reads_no_earlier_picture(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, plan = load(shards, shuffle_gb=1e-6).train, BatchPlan(10, 10, 1)
     whole = epoch_of(rows, plan, 0)
@@ -211,9 +237,19 @@ def test_going_on_within_an_epoch_reads_no_earlier_picture(shards: Path, monkeyp
 def test_examples_come_from_few_places(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = load(shards).train
     chosen = spread(rows, 12)
-    assert 4 <= len(chosen) <= 12
+    assert len(spread(rows, 30)) > 20
+    assert 8 <= len(chosen) <= 12
     assert len({rows.locate(int(row))[0] for row in chosen}) == 4
     assert spread(take(rows, np.arange(3)), 12).tolist() == [0, 1, 2]
+
+
+def test_few_rows_can_be_taken_into_memory(shards: Path) -> None:
+    data = load(shards)
+    few = take(data.train, np.array([3, 17, 4, 40]))
+    held = in_memory(few, data.classes)
+    assert not isinstance(held, StreamedRows)
+    assert list(held) == content(few)
+    assert in_memory(held, data.classes) is held
 
 
 def test_labels_and_nothing_else_stay_in_memory(tmp_path: Path) -> None:

@@ -76,12 +76,12 @@ def find_files(data: str) -> tuple[str, str, list[str]]:
     folder, pattern = _split_pattern(data)
     try:
         found, root = filesystem(folder)
-        listed = found.get_file_info(fs.FileSelector(root, recursive=True))
+        listed = found.get_file_info(fs.FileSelector(root, recursive=pattern == "*" or "/" in pattern))
     except (*READING_FAILED, ValueError) as error:
         raise UserError(f"--data {data!r} can't be listed: {why_unreadable(error)}.") from error
     paths = sorted(info.path for info in listed if info.type == fs.FileType.File and extension(info.path) == "parquet")
     below = {path: path.removeprefix(root).lstrip("/") for path in paths}
-    fitting = [path for path in paths if fnmatch.fnmatchcase(below[path], pattern)]
+    fitting = [path for path in paths if fnmatch.fnmatchcase(below[path], pattern) and "/." not in f"/{below[path]}"]
     if not fitting:
         raise UserError(f"--data {data!r}: no parquet files there. --streaming reads parquet shards only.")
     return folder, root, fitting
@@ -169,13 +169,11 @@ def _footer(base: str, columns: _Columns, path: str) -> _Footer:
             rows, sizes = _row_groups(file, columns.image)
             column = file.read(columns=[columns.label], use_threads=False).column(0)
             feature = Features.from_arrow_schema(file.schema_arrow)[columns.label]
+        encoded = column.combine_chunks().dictionary_encode()
+        values = named(encoded.dictionary, feature)
     except (*READING_FAILED, ValueError, NotImplementedError) as error:
         raise UserError(f"The shard {path} can't be read: {why_unreadable(error)}.") from error
-    encoded = pc.dictionary_encode(column.combine_chunks())
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = encoded.combine_chunks()
     codes = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
-    values = named(encoded.dictionary, feature)
     if values.null_count:  # a ClassLabel below zero
         codes = np.where(np.append(values.is_null().to_numpy(zero_copy_only=False), True)[codes], -1, codes)
     return _Footer(rows, sizes, values, codes)

@@ -26,6 +26,7 @@ from tuning.data.sampling import Rows
 from tuning.errors import UserError
 
 KEPT_FOR_SINGLE_ROWS = 2  # row groups
+LEAST_PLACES = 4  # row groups that a sample of the rows comes from
 READING_FAILED = (OSError, pa.ArrowException, EOFError)
 
 
@@ -202,6 +203,12 @@ class StreamedRows:
         small = np.uint32 if len(self._all_labels) < 2**32 else np.int64
         return StreamedRows(self.shards, self._all_labels, self.shuffle_bytes, chosen.astype(small))
 
+    def by_block(self, rows: Sequence[int]) -> list[Rows]:
+        """Ascending *rows*, cut where another block begins."""
+        ascending = np.asarray(rows, np.int64)
+        blocks = np.searchsorted(self.blocks.starts, ascending, side="right")
+        return [part for part in np.split(ascending, np.flatnonzero(np.diff(blocks)) + 1) if len(part)]
+
     def names(self, rows: Sequence[int] | Rows) -> list[str | None]:
         """The paths that these pictures had; reads nothing else, and every block once."""
         found: list[str | None] = [None] * len(rows)
@@ -220,10 +227,11 @@ class StreamedRows:
             places = b"all" if self._chosen is None else (self._chosen[part] - self.shards.starts[block]).tobytes()
             yield places + self.labels[part].astype(np.int64).tobytes()
 
-    def spread(self, count: int, blocks: int = 4) -> Rows:
+    def spread(self, count: int) -> Rows:
         """Up to *count* rows out of a few blocks that are evenly spaced, ascending."""
         starts = self.blocks.starts
-        some = np.unique(np.linspace(0, len(self.blocks) - 1, blocks).astype(np.int64))
+        enough = max(LEAST_PLACES, -(-count * len(self.blocks) // len(self)))
+        some = np.unique(np.linspace(0, len(self.blocks) - 1, min(enough, len(self.blocks))).astype(np.int64))
         each = max(1, count // len(some))
         parts = [np.linspace(starts[b], starts[b + 1] - 1, each).astype(np.int64) for b in some]
         rows: Rows = np.unique(np.concatenate(parts))[:count]

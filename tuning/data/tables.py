@@ -56,6 +56,15 @@ def take(dataset: Table, indices: Indices) -> Table:
     return dataset.select(indices, keep_in_memory=True)
 
 
+def in_memory(dataset: Table, classes: Sequence[str]) -> Dataset:
+    """Few streamed rows with their pictures, to be used again and again; another dataset as it is."""
+    if not isinstance(dataset, StreamedRows):
+        return dataset
+    rows = [dataset[row] for row in range(len(dataset))]
+    columns = {name: [row[name] for row in rows] for name in ("image", "label")}
+    return _in_memory(pa.table(columns, schema=features(classes).arrow_schema), features(classes))
+
+
 def label_array(dataset: Table) -> Indices:
     """The labels `(N,)` of a dataset with a `label` column, images untouched."""
     if isinstance(dataset, StreamedRows):
