@@ -32,6 +32,7 @@ def find_lr(command: Command) -> None:
     from tuning.numerical_faults import NumericalFaults
     from tuning.preparing import data_and_model, objective, plan_stages
     from tuning.run_folder import git_commit
+    from tuning.sharding import shard
     from tuning.summary import failure_noted, versions
     from tuning.track import Curves, check_tracker, described, open_tracker
     from tuning.unreadable import UnreadablePictures
@@ -41,7 +42,7 @@ def find_lr(command: Command) -> None:
         raise UserError(f"--resume {run.resume}: an LR finder has nothing to go on with. Leave --resume out.")
 
     # 1. Session, data, model, and the plan of the run that the learning rate is for.
-    accelerator = session.start(run.precision, run.threads, run.timeout)
+    accelerator = session.start(run.precision, run.threads, run.timeout, shards=True)
     speaker = Speaker(accelerator.is_main_process)
     data, model, info = data_and_model(accelerator, flags)
     plan = plan_stages(accelerator, command, data, model, info)
@@ -82,6 +83,7 @@ def find_lr(command: Command) -> None:
             yield step
 
     with speaker, failure_noted(folder, accelerator.is_main_process):
+        shard(accelerator, model)
         entered = enter_stage(accelerator, model, planned)
         if flags.model.head_init == "fitted":
             pictures = plain_feed(accelerator, data.train, planned, info, workers, unreadable.train)

@@ -45,7 +45,8 @@ def finetune(command: Command) -> None:
     from tuning.numerical_faults import NumericalFaults
     from tuning.plan import StagePlan
     from tuning.preparing import data_and_model, objective, plan_stages
-    from tuning.saving import Saver
+    from tuning.saving import Saver, tensors_of
+    from tuning.sharding import asked, shard
     from tuning.stopping import Boundary, end_run
     from tuning.summary import add_judged, better, failure_noted, is_done, make_summary
     from tuning.track import Curves, check_tracker, described, open_tracker, tracker_id
@@ -54,7 +55,7 @@ def finetune(command: Command) -> None:
     flags, run, started = command.flags, command.flags.run, time.time()
 
     # 1. Session: device, processes, precision. Every line below runs on every process.
-    accelerator = session.start(run.precision, run.threads, run.timeout)
+    accelerator = session.start(run.precision, run.threads, run.timeout, shards=True)
     speaker = Speaker(accelerator.is_main_process)
 
     # 2. Data and model.
@@ -99,8 +100,9 @@ def finetune(command: Command) -> None:
         loss, clip, class_weights = objective(accelerator, flags, data)
         workers = session.loader_workers(accelerator, flags.batch.workers)
         decay = regularisation.ema_decay
-        ema = ModelEmaV3(model, decay, use_warmup=True) if decay else None
+        ema = ModelEmaV3(model, decay, use_warmup=True, foreach=not asked()) if decay else None
         averaged = ema.module if ema else None
+        shard(accelerator, model, averaged)
         best_of, best_model = ("eval_ema", averaged) if averaged and run.best_of != "raw" else ("eval", model)
         saver = Saver(accelerator, folder.path, run.keep, start.facts, stop_on_error=run.save_errors == "stop")
         boundary = Boundary(accelerator, folder.path, started, run.stop_after, run.save_every, saver.must_stop)
@@ -119,8 +121,9 @@ def finetune(command: Command) -> None:
             reached = judged[best_of][run.best_by]
             unreadable.check()
             if better(reached, progress.best, run.best_by):
-                at_size = replace(info, input_size=planned.image_size)
-                if not accelerator.is_main_process or keep_best(best_model, at_size, data.classes, folder.model):
+                at_size, main = replace(info, input_size=planned.image_size), accelerator.is_main_process
+                weights = tensors_of(best_model, keep=main)
+                if not main or keep_best(best_model, at_size, data.classes, folder.model, weights):
                     progress.best, progress.best_step = reached, progress.step
 
         def find_lr(feeds: StageFeeds, planned: StagePlan) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from recipe_runs import forget_parent
+
+from tests.recipe_runs import forget_parent
 
 TIMEOUT_SECONDS = 240
 

@@ -20,6 +20,7 @@ from tuning.models import build
 from tuning.plan import make_plan
 from tuning.preparing import objective
 from tuning.progress import Progress
+from tuning.sharding import shard, whole
 from tuning.unreadable import UnreadablePictures
 
 PRESETS = Path(__file__).parents[1] / "recipes" / "presets"
@@ -50,7 +51,7 @@ def run_stages(*argv: str, threads: int = 1) -> StageRun:
     """Train every stage of the command line on this process and the others of its group."""
     command = parse_command([*argv, "--workers", "0", "--tracker", "none"], "test", "", PRESETS)
     flags = command.flags
-    accelerator = session.start(flags.run.precision, threads)
+    accelerator = session.start(flags.run.precision, threads, shards=True)
     data = open_data(**vars(flags.data), seed=flags.run.seed)
     model, info = build(
         flags.model.model,
@@ -68,6 +69,7 @@ def run_stages(*argv: str, threads: int = 1) -> StageRun:
         micro_batch=flags.batch.micro_batch,
         image_size=info.input_size,
     )
+    shard(accelerator, model)
     loss, clip, _ = objective(accelerator, flags, data)
     run, progress, entered = StageRun(states=[state_of(model)]), Progress(), None
     for number, planned in enumerate(plan):
@@ -90,7 +92,7 @@ def run_stages(*argv: str, threads: int = 1) -> StageRun:
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """A copy of all parameters and buffers."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return {name: whole(tensor.detach()).clone() for name, tensor in model.state_dict().items()}
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

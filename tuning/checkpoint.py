@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tuning.entering import Entered
 from tuning.errors import UserError
 from tuning.manifest import EMA, OPTIMIZER, WEIGHTS, Checkpoint, read
+from tuning.sharding import load_whole, split_like
 
 EMA_PREFIX = "ema/"  # of names of statistics
 
@@ -109,12 +110,12 @@ def load(accelerator: Accelerator, checkpoint: Checkpoint, entered: Entered, ema
     Args:
         ema: the model with averaged weights, where the run has one.
     """
-    entered.model.load_state_dict(load_file(checkpoint.folder / WEIGHTS))
+    load_whole(entered.model, load_file(checkpoint.folder / WEIGHTS))
     if ema is not None:
-        ema.load_state_dict(load_file(checkpoint.folder / EMA))
+        load_whole(ema, load_file(checkpoint.folder / EMA))
     state = torch.load(checkpoint.folder / OPTIMIZER, map_location="cpu", weights_only=True)
     rates = [{key: group[key] for key in ("peak_lr", "weight_decay")} for group in entered.optimizer.param_groups]
-    entered.optimizer.load_state_dict(state["optimizer"])
+    entered.optimizer.load_state_dict(_split(state["optimizer"], entered.optimizer))
     for group, rate in zip(entered.optimizer.param_groups, rates, strict=True):
         group.update(rate)
     if accelerator.scaler is not None and state["scaler"] is not None:
@@ -123,6 +124,21 @@ def load(accelerator: Accelerator, checkpoint: Checkpoint, entered: Entered, ema
         moved = {**entered.statistics, **ema_statistics(ema, entered)}
         for name, of_all in state["statistics"].items():
             moved[name].copy_(of_all[accelerator.process_index])
+
+
+def _split(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """*state*, in which what is shaped like a parameter is split as that parameter is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    of = dict(zip(numbers, parameters, strict=True))
+    split = {
+        number: {
+            key: split_like(v, of[number]) if isinstance(v, Tensor) and v.shape == of[number].shape else v
+            for key, v in held.items()
+        }
+        for number, held in state["state"].items()
+    }
+    return {**state, "state": split}
 
 
 def ema_statistics(ema: nn.Module | None, entered: Entered) -> dict[str, Tensor]:

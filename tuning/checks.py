@@ -32,7 +32,7 @@ LOWEST = {  # smallest value: whole numbers
     1: (
         *("limit_train", "limit_eval", "batch_size", "micro_batch", "lr_batch"),
         *("keep", "log_every", "threads", "max_steps", "max_skipped", "overfit_steps", "min_side"),
-        *("finder_sweeps", "top_k", "check_images"),
+        *("finder_sweeps", "top_k", "check_images", "trials"),
     ),
     10: ("finder_steps",),
 }
@@ -44,6 +44,7 @@ GROUPS_OF_RECIPES = {
     "evaluate": ("recipes/evaluate.py",),
     "predict": ("recipes/predict.py",),
     "export": ("recipes/export.py",),
+    "sweep": ("recipes/sweep.py",),
 }
 _ANY_RUN = ("output", "precision", "threads", "timeout", "preset", "config", "print_config")
 _MODEL = ("run", "model", "weights", "image_size", "crop_pct", "micro_batch", "workers")
@@ -205,7 +206,7 @@ def _check_opening(flags: Flags, typed: Sequence[str], recipe: str) -> None:
 
 def _owners(flags: Flags, key: str, recipe: str, stages: Sequence[Stage]) -> tuple[str, ...]:
     """The recipes that a flag is for; *recipe* itself if it is for all."""
-    searches = any(stage.find_lr for stage in stages) and recipe == "recipes/finetune.py"
+    searches = any(stage.find_lr for stage in stages) and recipe in ("recipes/finetune.py", "recipes/sweep.py")
     if key in ONLY_WITHIN_A_RUN:
         return (recipe if searches else "--lr auto of recipes/finetune.py",)
     if searches and key in vars(flags.finder) and key != "stage":

@@ -31,6 +31,9 @@ NOT_IN_CONFIG = (
     "push_wandb",
     "ensemble",
     "images",
+    "space",
+    "trials",
+    "launcher",
     "output",
     "run_name",
     "resume",
@@ -167,6 +170,7 @@ def parse_command(argv: Sequence[str], name: str, description: str, presets: Pat
         UserError: a value, a key or a combination that can't work.
         SystemExit: 2 on a malformed command line, 0 on ``--help``; the message has been printed.
     """
+    argv = _joined(argv)
     values, listed, where = _read_file(argv, presets, name)
     default = _with_values(Flags(), values, where)
     flags = _typed_decay_wins(_parse(argv, name, description, default), default)
@@ -174,6 +178,17 @@ def parse_command(argv: Sequence[str], name: str, description: str, presets: Pat
     stages = resolve_stages(flags, listed, where)
     refuse_without_effect(flags, default, stages, listed, where, name)
     return Command(flags, stages, dump(flags, listed))
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """``--launcher "--cpu"`` in one word: alone, the parser takes what begins with ``--`` for the next flag."""
+    words: list[str] = []
+    for word in argv:
+        if words and words[-1] == "--launcher":
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
 
 
 def _typed_decay_wins(flags: Flags, default: Flags) -> Flags:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from tuning import sharding
 from tuning.data.sources import Data
 from tuning.data.tables import label_array
 from tuning.lr_finder import Found
@@ -199,7 +200,8 @@ def plan_facts(
         (
             "hardware",
             f"{accelerator.num_processes} x {accelerator.device.type}, {precision_name(accelerator)}"
-            + (f", {torch.get_num_threads()} threads each" if accelerator.device.type == "cpu" else ""),
+            + (f", {torch.get_num_threads()} threads each" if accelerator.device.type == "cpu" else "")
+            + (", one model split over all (FSDP2)" if sharding.asked() else ""),
         ),
         ("steps", f"{sum(planned.steps for planned in plan):,} optimizer steps"),
         ("best", f"model/ keeps the weights with the best eval/{best_by}"),

@@ -5,7 +5,6 @@ The caller's ``for`` body logs, evaluates, saves and stops in plain statements; 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,8 +21,9 @@ from tuning.groups import set_lr
 from tuning.heartbeat import one_line
 from tuning.losses import Loss
 from tuning.optimizers import step_if
-from tuning.out_of_memory import Exchange, is_out_of_memory, no_second_attempt, start_over
+from tuning.out_of_memory import Exchange, is_out_of_memory, lost_share, no_second_attempt, start_over
 from tuning.progress import Progress
+from tuning.sharding import exchanging, is_sharded, own, whole
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,8 @@ def _attempt(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        if is_sharded(entered.model):
+            raise lost_share(step + 1) from None
         said = one_line(error)
     if mine is None:  # out here nothing holds the traceback any more, and with it the activations
         exchange.complete(said)
@@ -155,7 +157,7 @@ def _backward(
         micro = next(stream)
         _seed_draws(step_seed(seed, step, number, accelerator.process_index), accelerator.device)
         last = number == micro_steps - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(entered.wrapped):
+        with exchanging(accelerator, entered.model, entered.wrapped, last):
             losses = _losses(loss, entered.wrapped(micro.inputs), micro)
             share = (losses * micro.weights).sum() / images
             if last:
@@ -184,7 +186,7 @@ def _update(accelerator: Accelerator, entered: Entered, clip: Clip, mean_loss: T
     """Unscale, clip once, update if everything is finite; else put the running statistics back to *before*."""
     _taint(entered.trained, mean_loss)
     accelerator.unscale_gradients(entered.optimizer)
-    grad_norm = clip(entered.model).detach()
+    grad_norm = whole(clip(entered.model).detach())
     finite = grad_norm.isfinite()
     if entered.optimizer.scaler is not None:
         entered.optimizer.step()  # the scaler looks at the gradients itself
@@ -201,5 +203,5 @@ def _taint(trained: nn.Module, mean_loss: Tensor) -> None:
 
     An infinite loss can have finite gradients: that of a logit at minus infinity.
     """
-    gradient = next(p.grad for p in trained.parameters() if p.grad is not None)
-    gradient[(0,) * gradient.dim()].add_(mean_loss * 0)
+    gradient = own(next(p.grad for p in trained.parameters() if p.grad is not None))
+    gradient[(slice(0, 1),) * gradient.dim()].add_((mean_loss * 0).to(gradient.device))  # a share may be empty

@@ -16,6 +16,7 @@ from tuning.depth import closed_eval, freeze_batch_norm, open_names, set_open
 from tuning.groups import param_groups, set_peak_lrs
 from tuning.optimizers import create_optimizer, start_momentum
 from tuning.plan import StagePlan
+from tuning.sharding import is_sharded
 from tuning.stages import Stage
 
 
@@ -61,8 +62,9 @@ def enter_stage(
 ) -> Entered:
     """Open and close layers, set every group's peak LR, and wrap the model anew. All processes take part.
 
-    DDP hooks only the parameters that are open when it wraps, so every stage gets its own wrapper. The optimizer lives
-    on, with its state, while stages name the same one; another one starts fresh.
+    DDP hooks only the parameters that are open when it wraps, so every stage gets its own wrapper; a sharded model
+    (`tuning.sharding`) sees by itself what is open, and only autocast is put around it. The optimizer lives on, with
+    its state, while stages name the same one; another one starts fresh.
 
     Args:
         model: the raw model, already on the accelerator's device.
@@ -83,7 +85,7 @@ def enter_stage(
         accelerator._optimizers.clear()
         optimizer = accelerator.prepare_optimizer(create_optimizer(stage.optimizer, groups, stage.momentum))
     trained = HeadOnly(model) if stage.cache_features else model
-    wrapped = accelerator.prepare_model(trained)
+    wrapped = accelerator.prepare_model(trained, evaluation_mode=is_sharded(model))
     factor = stage.factor(planned.steps_per_epoch)
     entered = Entered(stage, model, trained, wrapped, optimizer, factor)
     entered.train_mode()

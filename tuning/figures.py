@@ -12,11 +12,15 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write the picture and let it go; a disk that refuses costs the picture only."""
+def save(figure: Any, path: Path, tight: bool = False) -> None:
+    """Write the picture and let it go; a disk that refuses costs the picture only.
+
+    Args:
+        tight: cut to what is drawn, or grow to it; for figures without a layout of their own.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=110, bbox_inches="tight" if tight else None)
     except OSError as error:  # a full disk; no run shall end for a picture
         print(f"warning: {path} can't be written ({error.strerror}).", file=sys.stderr)
     finally:

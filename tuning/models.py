@@ -121,10 +121,12 @@ def check_image_size(model: nn.Module, name: str, image_size: int, cfg: Mapping[
             module.training = mode
 
 
-def keep_best(model: nn.Module, info: ModelInfo, classes: Sequence[str], folder: Path) -> bool:
+def keep_best(
+    model: nn.Module, info: ModelInfo, classes: Sequence[str], folder: Path, weights: Mapping[str, Tensor]
+) -> bool:
     """`save_timm_folder`, or False and a warning when the disk refuses; what was there before is intact then."""
     try:
-        save_timm_folder(model, info, classes, folder)
+        save_timm_folder(model, info, classes, folder, weights)
     except (OSError, SafetensorError) as error:
         for part in folder.glob("*.part"):
             part.unlink(missing_ok=True)
@@ -144,13 +146,13 @@ def save_timm_folder(
     """Write a folder that ``timm.create_model("local-dir:<folder>", pretrained=True)`` loads.
 
     It holds ``model.safetensors`` and ``config.json``. *model* is the raw model; *state_dict* replaces its weights
-    (an average, or gathered shards). *classes* in the order of the outputs. Each file is complete or absent. One
-    process writes.
+    (an average, or gathered shards: whole tensors on the CPU, no two in the same memory). *classes* in the order of the
+    outputs. Each file is complete or absent. One process writes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = state_dict if state_dict is not None else model.state_dict()
-    # Tensors that share memory are refused by safetensors, hence the copy.
-    plain = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    plain = dict(state_dict or {})
+    if state_dict is None:  # safetensors refuses tensors that share memory, hence the copy
+        plain = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
     save_file(plain, folder / "model.safetensors.part", metadata={"format": "pt"})
     text = json.dumps(_config(model, info, classes), indent=2, ensure_ascii=False)
     (folder / "config.json.part").write_text(text + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from tuning.entering import Entered
+from tuning.sharding import own
 
 
 @contextmanager
@@ -22,8 +23,8 @@ def leaving_no_trace(accelerator: Accelerator, entered: Entered) -> Iterator[Non
     Costs a copy of the model on the host, and one of the optimizer's state where it is. The wrapper stays the same one;
     DDP arranges its exchange anew after its first step, so make another before training (`enter_stage`).
     """
-    tensors = [*entered.model.parameters(), *entered.model.buffers()]
-    copies = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+    tensors = [own(tensor.detach()) for tensor in (*entered.model.parameters(), *entered.model.buffers())]
+    copies = [tensor.to("cpu", copy=True) for tensor in tensors]
     modes = [(module, module.training) for module in (*entered.wrapped.modules(), *entered.model.modules())]
     optimizer = entered.optimizer.optimizer
     state, groups, generators = _optimizer_state(optimizer)

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from timm.optim._optim_factory import create_optimizer_v2, get_optimizer_class, list_optimizers
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tuning.errors import UserError, did_you_mean
+
+FUSED_ON_SHARES = (torch.optim.Adam, torch.optim.AdamW)  # torch can't do it for others
 
 
 def create_optimizer(name: str, groups: list[dict[str, Any]], momentum: float) -> torch.optim.Optimizer:
@@ -26,8 +29,10 @@ def create_optimizer(name: str, groups: list[dict[str, Any]], momentum: float) -
     check_optimizer(name)
     if name.lower() == "sgd" and momentum == 0:
         name = "momentum"  # timm's name for SGD without Nesterov, which torch refuses at momentum 0
-    accepted = inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
-    fused: dict[str, Any] = {"fused": True} if "fused" in accepted else {}
+    kind = get_optimizer_class(name, bind_defaults=False)
+    split = any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"])
+    can_fuse = kind in FUSED_ON_SHARES if split else "fused" in inspect.signature(kind).parameters
+    fused: dict[str, Any] = {"fused": True} if can_fuse else {}
     copies = [dict(group) for group in groups]  # the optimizer writes into what it is given
     return create_optimizer_v2(copies, opt=name, lr=copies[-1]["lr"], momentum=momentum, **fused)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tuning.data.loader import Feed
 from tuning.entering import Entered
 from tuning.errors import UserError
+from tuning.sharding import is_sharded
 
 WORDS = (  # of allocators without an exception of their own: torch's on a CPU, C++, MPS, libraries of CUDA
     *("can't allocate memory", "not enough memory: you tried to allocate", "std::bad_alloc"),
@@ -49,7 +50,7 @@ class Exchange:
 
     def __init__(self, accelerator: Accelerator, entered: Entered) -> None:
         self._device, self._process = accelerator.device, accelerator.process_index
-        self._alone = accelerator.num_processes == 1
+        self._alone = accelerator.num_processes == 1 or is_sharded(entered.model)
         self._wrapped, self._trained = entered.wrapped, entered.trained
         self._before: list[tuple[int, int] | None] | None = None
 
@@ -145,6 +146,14 @@ def no_second_attempt(step: int) -> Iterator[None]:
         ) from None
 
 
+def lost_share(step: int) -> UserError:
+    """Memory ran out on this process in optimizer step *step*, while others wait for its share of the model."""
+    return UserError(
+        f"out of memory at step {step}: under FSDP, where every process needs the others' shares, the attempt can't be "
+        "taken back. Give a smaller --micro-batch."
+    )
+
+
 class InParts:
     """A forward pass for evaluation that cuts its batches in halves where memory runs out, and remembers the size.
 
@@ -170,6 +179,8 @@ class InParts:
                 if not is_out_of_memory(error):
                     raise
             give_back(inputs.device)
+            if isinstance(self._forward, nn.Module) and is_sharded(self._forward):  # the others wait for its share
+                raise UserError(f"out of memory in an evaluation under FSDP. {REMEDY}.")
             if size == 1:
                 raise UserError(f"out of memory in an evaluation: not even one image fits. {REMEDY}.")
             self._most = size // 2

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from tuning import sharding
 from tuning.clipping import Clip, clipping
 from tuning.command_line import Command
 from tuning.data.sources import Data, open_data
@@ -40,7 +41,8 @@ def data_and_model(accelerator: Accelerator, flags: Flags) -> tuple[Data, nn.Mod
         crop_pct=flags.model.crop_pct,
         seed=flags.run.seed,
     )
-    return data, model.to(accelerator.device), info
+    # What will be split is never whole on a device.
+    return data, model if sharding.asked() else model.to(accelerator.device), info
 
 
 def plan_stages(
@@ -51,6 +53,7 @@ def plan_stages(
     Raises:
         UserError: a depth, batch, image size or head that this model or data doesn't have.
     """
+    sharding.check_flags(command.stages, command.flags.model.head_init, command.flags.optimisation.clip_agc)
     plan = make_plan(
         [before_search(stage, model) for stage in command.stages],
         model,

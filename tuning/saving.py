@@ -22,6 +22,7 @@ from tuning.entering import Entered
 from tuning.manifest import EMA, FORMAT, MANIFEST, OPTIMIZER, WEIGHTS, digest, sealed
 from tuning.progress import Progress
 from tuning.run_folder import settled_hash
+from tuning.sharding import is_sharded, whole
 from tuning.summary import versions
 
 
@@ -92,9 +93,12 @@ class Saver:
         """
         moved = {**entered.statistics, **ema_statistics(ema, entered)}
         statistics = _of_all_processes(self._accelerator, moved)
-        if self._accelerator.is_main_process:
+        main = self._accelerator.is_main_process
+        if main:
             self.wait()
+        if main or is_sharded(entered.model):  # then all gather the shares, and rank 0 keeps them
             staged = self._stage(entered, progress, ema, statistics)
+        if main:
             self._thread = threading.Thread(target=self._write, args=(staged, first), name="checkpoint")
             self._thread.start()
 
@@ -111,13 +115,14 @@ class Saver:
     def _stage(
         self, entered: Entered, progress: Progress, ema: nn.Module | None, statistics: dict[str, Tensor]
     ) -> _Staged:
-        scaler = self._accelerator.scaler
-        weights, averaged = tensors_of(entered.model), tensors_of(ema) if ema is not None else {}
-        for name, of_all in statistics.items():
+        scaler, keep = self._accelerator.scaler, self._accelerator.is_main_process
+        weights = tensors_of(entered.model, keep)
+        averaged = tensors_of(ema, keep) if ema is not None else {}
+        for name, of_all in statistics.items() if keep else ():
             kind = averaged if name.startswith(EMA_PREFIX) else weights
             kind[name.removeprefix(EMA_PREFIX)] = of_all.mean(0)
         state = {
-            "optimizer": _copied(entered.optimizer.state_dict()),
+            "optimizer": _copied(entered.optimizer.state_dict(), keep),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "statistics": statistics,
         }
@@ -154,9 +159,14 @@ class Saver:
         print(f"warning: {self.failure}", file=sys.stderr, flush=True)
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state on the CPU, tied tensors as copies of their own (safetensors stores no aliases)."""
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+def tensors_of(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """The model's whole state on the CPU, tied tensors as copies of their own (safetensors stores no aliases).
+
+    Args:
+        keep: False = only take part in gathering a sharded model, and return nothing.
+    """
+    state = ((name, whole(tensor.detach())) for name, tensor in model.state_dict().items())
+    return {name: tensor.cpu().contiguous().clone() for name, tensor in state if keep}
 
 
 def _of_all_processes(accelerator: Accelerator, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -172,14 +182,15 @@ def _of_all_processes(accelerator: Accelerator, statistics: Mapping[str, Tensor]
     }
 
 
-def _copied(value: Any) -> Any:
-    """The same nested dicts and lists, with tensors copied to the CPU."""
+def _copied(value: Any, keep: bool) -> Any:
+    """The same nested dicts and lists, with whole tensors copied to the CPU; None for these unless *keep*."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        full = whole(value.detach())
+        return full.to("cpu", copy=True) if keep else None
     if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
+        return {key: _copied(item, keep) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_copied(item) for item in value]
+        return [_copied(item, keep) for item in value]
     return value
 
 

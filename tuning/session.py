@@ -19,6 +19,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 
+from tuning import sharding
 from tuning.agreement import join_hosts
 from tuning.errors import UserError
 from tuning.heartbeat import start_heartbeat
@@ -29,7 +30,9 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULT
 _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def start(precision: Precision | None, threads: int | Literal["auto"], timeout: float = 10.0) -> Accelerator:
+def start(
+    precision: Precision | None, threads: int | Literal["auto"], timeout: float = 10.0, shards: bool = False
+) -> Accelerator:
     """The accelerator that every recipe works with, on one process or many.
 
     Gradient accumulation is the engine's own (`tuning.engine`), so the accelerator's stays at 1.
@@ -38,27 +41,31 @@ def start(precision: Precision | None, threads: int | Literal["auto"], timeout: 
         precision: overrides the launcher's ``--mixed_precision``.
         threads: CPU threads per process, when training on a CPU.
         timeout: minutes that processes wait for one another in an exchange.
+        shards: whether the recipe can train a model that is split over the processes (`tuning.sharding`).
 
     Raises:
-        UserError: a precision that this hardware would silently run as another, or a launcher that shards the model or
-            whose processes don't find each other.
+        UserError: a precision that this hardware would silently run as another, a launcher that asks for
+            sharding in vain, or whose processes don't find each other.
     """
-    accelerator = Accelerator(
-        mixed_precision=_ACCELERATE_NAMES[_checked_precision(precision)],
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # whatever the environment says
-        kwargs_handlers=[
-            # find_unused_parameters would hide a parameter that never gets a gradient; buffers are averaged before
-            # they are used or saved (`tuning.agreement`), not overwritten with rank 0's at every forward pass.
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
-            InitProcessGroupKwargs(backend=None, timeout=_waiting_time(timeout)),
-        ],
-    )
+    checked = _checked_precision(precision)
+    with sharding.unseen_by_accelerate():
+        accelerator = Accelerator(
+            mixed_precision=_ACCELERATE_NAMES[checked],
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # whatever the environment says
+            kwargs_handlers=[
+                # find_unused_parameters would hide a parameter that never gets a gradient; buffers are averaged before
+                # they are used or saved (`tuning.agreement`), not overwritten with rank 0's at every forward pass.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                InitProcessGroupKwargs(backend=sharding.backend(), timeout=_waiting_time(timeout)),
+            ],
+        )
     if accelerator.distributed_type not in SUPPORTED:
         raise UserError(
             f"{accelerator.distributed_type.value} is not supported: stages would not be opened and closed correctly "
-            "under it. Use plain data parallelism (accelerate launch --multi_gpu)."
+            "under it. Use plain data parallelism (accelerate launch --multi_gpu) or FSDP2."
         )
     _refuse_strangers(accelerator)
+    sharding.check_asked(shards, checked, accelerator.num_processes, accelerator.device)
     join_hosts(accelerator, _waiting_time(timeout))
     start_heartbeat(timeout, start=str(same_everywhere(time.time_ns())))
     if accelerator.device.type == "cpu":

@@ -30,7 +30,6 @@ from tuning.losses import cross_entropy
 from tuning.plan import make_plan
 from tuning.progress import Progress
 from tuning.saving import Saver
-from tuning.sizes import plan_batch
 
 EVERY = 100
 
@@ -53,7 +52,7 @@ def main() -> None:
         [stage], model, train_images=images, world_size=1, micro_batch=given.batch_size, image_size=given.image_size
     )
     entered = enter_stage(accelerator, model, planned)
-    feed = Resident(images, given.batch_size, given.image_size, accelerator.device)
+    feed = Resident(TrainOrder(images, 0, planned.batch, 0), given.image_size, accelerator.device)
     with tempfile.TemporaryDirectory() as folder, Saver(accelerator, Path(folder), 2, {}) as saver:
         plain, saving, staging = measure(accelerator, entered, feed, saver, given.window)
         size = sum(file.stat().st_size for file in newest(Path(folder)).iterdir()) / 1e6
@@ -69,13 +68,13 @@ def main() -> None:
 
 
 class Resident(FeatureFeed):
-    """One batch in memory, again and again."""
+    """One micro-batch in memory, again and again."""
 
-    def __init__(self, images: int, batch: int, size: int, device: torch.device) -> None:
-        order = TrainOrder(images, 0, plan_batch(batch, batch, 1, images), 0)
+    def __init__(self, order: TrainOrder, size: int, device: torch.device) -> None:
         super().__init__(torch.zeros(0), torch.zeros(0), order)
-        picture = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-        self._features, self._labels = picture, torch.arange(batch, device=device) % 2
+        images = order.batch.micro_batch
+        picture = torch.randn(images, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+        self._features, self._labels = picture, torch.arange(images, device=device) % 2
 
     def epoch(self, epoch: int, first_step: int = 0):  # type: ignore[no-untyped-def]
         """The same batch for every step."""

@@ -143,7 +143,9 @@ def damaged(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("world_size", "optimizer"), [(1, "adamw"), (2, "adamw"), (2, "sgd")])
+@pytest.mark.parametrize(
+    ("world_size", "optimizer"), [(1, "adamw"), (2, "adamw"), pytest.param(2, "sgd", marks=pytest.mark.slow)]
+)
 def test_training_after_the_finder_is_bit_identical(damaged: Path, world_size: int, optimizer: str) -> None:
     stages = ("--freeze-epochs", "1", "--epochs", "1")
     argv = ("--data", str(damaged), *MODEL, *HOW, *stages, "--optimizer", optimizer, "--workers", "0")

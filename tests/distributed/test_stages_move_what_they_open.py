@@ -26,7 +26,13 @@ def check(run: StageRun) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("model", ["test_efficientnet", "test_resnet", "mobilenetv3_small_050"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "test_efficientnet",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("test_resnet", "mobilenetv3_small_050")),
+    ],
+)
 def test_closed_layers_rest(photos: Path, world_size: int, model: str) -> None:
     argv = ("--data", str(photos), "--model", model, "--weights", "none", "--image-size", "48", "--batch-size", "8")
     argv += ("--freeze-epochs", "1", "--epochs", "4", "--unfreeze", "gradual", "--lr", "1e-2", "--weight-decay", "0.1")

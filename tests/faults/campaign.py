@@ -209,7 +209,8 @@ class Campaign:
             result.faults.append(str(fault))
             found = [*resume_problems(ended, before), *strike_problems(fault, ended, run)]
             result.problems += [f"attempt {number + 1}: {problem}" for problem in found]
-            finished = ended.codes == [0] * case.processes
+            # A stop in the last look at the mistakes leaves the report to the next start.
+            finished = ended.codes == [0] * case.processes and (run / "report.html").exists()
             if finished:
                 break
             if fault.torn:

@@ -6,8 +6,6 @@ import hashlib
 import itertools
 import json
 import struct
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
+from tests import offline_wandb
 
 TIMED = ("seconds", "tracker_id")  # in a checkpoint's progress: differ between any two runs
 SUMMARY = ("status", "best", "best_by", "final", "skipped_steps", "train_images", "eval_images", "world_size")
@@ -169,11 +169,7 @@ def tracked_twice(run: Path) -> list[str]:
     """Optimizer steps that W&B was handed more than once, over all parts of the run."""
     steps: Counter[int] = Counter()
     for folder in sorted((run / "wandb").glob("offline-run-*")) if (run / "wandb").exists() else ():
-        wandb = Path(sys.executable).parent / "wandb"
-        command = [str(wandb), "leet", "inspect", "--json", str(folder)]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        for line in shown.stdout.splitlines():
-            entry = json.loads(line)
+        for entry in offline_wandb.entries(folder, whole=False):
             if entry["type"] == "history" and "train/loss" in entry["history"]["item"]:
                 steps[entry["history"]["item"]["step"]] += 1
     twice = [step for step, count in steps.items() if count > 1]

@@ -6,118 +6,29 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from pictures import write_classes
+
+from tests.launched import LATEST_END, LAUNCH_SECONDS, ROOT, TORCHRUN, flags, gone, launched, summary
+from tests.two_hosts import HOSTS, hosts, lose_b, on_host
+
+__all__ = ["flags", "hosts"]  # fixtures
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 FAULTY = str(Path(__file__).with_name("faulty_rank.py"))
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
-TIMEOUT_MINUTES = 0.2
-# The echo waits 10 s, the launcher gives a process 30 s to end, and two busy cores take their time to end Python.
-LATEST_END = 60 * TIMEOUT_MINUTES + 10 + 30 + 30
-ENVIRONMENT = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-LAUNCH_SECONDS = 300  # a launch takes 15-30 s on free cores
-
-
-@pytest.fixture(scope="module")
-def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run of 14 optimizer steps."""
-    photos = tmp_path_factory.mktemp("photos")
-    write_classes(photos / "train", {"cat": 15, "dog": 12, "emu": 10})
-    write_classes(photos / "val", {"cat": 5, "dog": 4, "emu": 2})
-    tiny = [
-        "--data",
-        str(photos),
-        "--model",
-        "test_vit",
-        "--weights",
-        "none",
-        "--image-size",
-        "32",
-        "--batch-size",
-        "8",
-    ]
-    quick = ["--freeze-epochs", "0", "--epochs", "3", "--workers", "0", "--tracker", "none", "--save-every", "2"]
-    return [*tiny, *quick, "--threads", "1", "--timeout", str(TIMEOUT_MINUTES)]
-
-
-class Launch:
-    """A launcher, its output in a file, and everything it started."""
-
-    def __init__(self, command: list[str], folder: Path, name: str = "launch") -> None:
-        self.log = folder / f"{name}.txt"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=log, stderr=log)
-
-    def wait_for(self, words: str) -> str:
-        """The output, as soon as *words*, a regular expression, are in it."""
-        end = time.monotonic() + LAUNCH_SECONDS
-        while time.monotonic() < end:
-            if re.search(words, text := self.log.read_text()) or self.process.poll() is not None:
-                break
-            time.sleep(0.2)
-        assert re.search(words, text), text[-6000:]
-        return text
-
-    def wait(self) -> str:
-        """The whole output, when the launcher has ended."""
-        self.process.wait(LAUNCH_SECONDS)
-        return self.log.read_text()
-
-    def family(self) -> list[psutil.Process]:
-        """The launcher and everything below it."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            launcher = psutil.Process(self.process.pid)
-            return [launcher, *launcher.children(recursive=True)]
-        return []
-
-
-@contextlib.contextmanager
-def launched(command: list[str], folder: Path, name: str = "launch") -> Iterator[Launch]:
-    """Start *command* and leave nothing of it behind."""
-    launch = Launch(command, folder, name)
-    seen: list[psutil.Process] = []
-    try:
-        yield launch
-        seen = launch.family()
-    finally:
-        for process in launch.family() or seen:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        launch.process.wait()
-
-
-def gone(processes: list[psutil.Process], seconds: float) -> bool:
-    """Whether all have ended within *seconds*; a zombie, which nobody reaps in a container, has."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes):
-            return True
-        time.sleep(0.2)
-    return False
 
 
 def seconds_since_fault(text: str) -> float:
     found = re.search(r"fault at ([\d.]+)", text)
     assert found, text[-6000:]
     return time.time() - float(found[1])
-
-
-def summary(folder: Path) -> dict[str, str]:
-    content: dict[str, str] = json.loads((folder / "summary.json").read_text())
-    return content
 
 
 # (fault of process 1, what the last lines must say, what the summary must say)
@@ -189,79 +100,19 @@ def test_a_run_ends_with_its_launcher(tmp_path: Path, flags: list[str], number: 
     assert "stopped on SIGTERM" in run.log.read_text()
 
 
-HOSTS = {"a": "10.99.7.1", "b": "10.99.7.2"}
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
-
-
-def _namespaces_work() -> bool:
-    if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("unshare"):
-        return False
-    try:
-        ip("netns", "add", "tuning-probe")
-        ip("netns", "delete", "tuning-probe")
-    except (OSError, subprocess.CalledProcessError):
-        return False
-    return True
-
-
-@pytest.fixture
-def hosts() -> Iterator[None]:
-    """Two network namespaces joined by one cable."""
-    if not _namespaces_work():
-        pytest.skip("needs root and network namespaces")
-    with contextlib.ExitStack() as clean:
-        for host in HOSTS:
-            ip("netns", "add", f"tuning-{host}")
-            clean.callback(ip, "netns", "delete", f"tuning-{host}")
-        ip("link", "add", "veth-a", "netns", "tuning-a", "type", "veth", "peer", "veth-b", "netns", "tuning-b")
-        for host, address in HOSTS.items():
-            ip("-n", f"tuning-{host}", "address", "add", f"{address}/24", "dev", f"veth-{host}")
-            for device in ("lo", f"veth-{host}"):
-                ip("-n", f"tuning-{host}", "link", "set", device, "up")
-        yield
-
-
-def on_host(host: str, rank: int, recipe: list[str]) -> list[str]:
-    """The launcher of one of two hosts, which has a name of its own."""
-    inside = ["ip", "netns", "exec", f"tuning-{host}", "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', host]
-    group = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank)]
-    network = ["env", f"GLOO_SOCKET_IFNAME=veth-{host}"]
-    return [*inside, *network, *TORCHRUN, *group, "--master_addr", HOSTS["a"], "--master_port", "29577", *recipe]
-
-
 @pytest.mark.parametrize("fault", ["killed", "cut"])
 def test_two_hosts(tmp_path: Path, flags: list[str], hosts: None, fault: str) -> None:
-    recipe = [str(ROOT / "recipes" / "finetune.py"), *flags, "--epochs", "2000", "--output", "run"]
-    recipe = [FAULTY, "none", "0", "none", *recipe[1:]]
-    folders = {host: tmp_path / host for host in HOSTS}
-    for folder in folders.values():
-        folder.mkdir()
+    recipe = [FAULTY, "none", "0", "none", *flags, "--epochs", "2000", "--output", "run"]
+    both = []
     with contextlib.ExitStack() as stack:
-        a, b = (
-            stack.enter_context(launched(on_host(host, rank, recipe), folders[host], host))
-            for rank, host in enumerate(HOSTS)
-        )
-        for launch in (a, b):
+        for rank, host in enumerate(HOSTS):
+            (tmp_path / host).mkdir()
+            group = ["--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank)]
+            meeting = ["--master_addr", HOSTS["a"], "--master_port", "29577"]
+            network = ["env", f"GLOO_SOCKET_IFNAME=veth-{host}"]
+            command = on_host(host, *network, *TORCHRUN, *group, *meeting, *recipe)
+            both.append(stack.enter_context(launched(command, tmp_path / host, host)))
+        for launch in both:
             launch.wait_for("world size 2")
         time.sleep(5)
-        of_b = b.family()
-        if fault == "cut":
-            ip("-n", "tuning-a", "link", "set", "veth-a", "down")
-        else:
-            for process in of_b:
-                process.kill()
-        began = time.monotonic()
-        said_by_a = a.wait()
-        assert time.monotonic() - began < LATEST_END
-        assert re.search(r"ProcessLost: process 1 \(pid \d+ on b\) gave no sign of life for \d+ s", said_by_a), (
-            said_by_a
-        )
-        assert "process 1 (pid" in summary(folders["a"] / "run")["error"]
-        if fault == "cut":
-            said_by_b = b.wait()
-            assert time.monotonic() - began < LATEST_END
-            assert f"process 0 on {HOSTS['a']} does not answer" in said_by_b
-        assert gone(of_b, 5)
+        assert "ProcessLost: process 1" in lose_b(both[0], both[1], fault, tmp_path / "a" / "run")

@@ -34,6 +34,7 @@ def summary(folder: Path) -> dict[str, object]:
     return content
 
 
+@pytest.mark.slow
 def test_two_processes(folder: Path) -> None:
     done = launch(folder, "--processes 2 --env SAID=yes", "--epochs", "1")
     assert done.returncode == 0, done.stderr

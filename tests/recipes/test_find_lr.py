@@ -64,6 +64,7 @@ def test_an_answer_is_said_drawn_and_written(coloured: Path, tmp_path: Path) -> 
     assert not (tmp_path / "run/model").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_run(coloured: Path, tmp_path: Path) -> None:
     flags = ("--data", str(coloured), *SMALL, *SHORT, "--tracker", "none", "--stage", "head", "--optimizer", "sgd")
     assert find(tmp_path, *flags, "--output", "two", world_size=2)[0] == 0

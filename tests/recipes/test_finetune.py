@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import offline_wandb
 import pytest
 import timm
 import torch
@@ -88,10 +89,7 @@ def test_model_loads_in_timm_and_predicts_the_same(finished: Path, photos: Path)
 
 
 def test_wandb_holds_the_curves(finished: Path) -> None:
-    wandb = Path(sys.executable).parent / "wandb"
-    command = [str(wandb), "leet", "inspect", "--json", str(finished / "wandb" / "latest-run")]
-    lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
-    entries = [json.loads(line) for line in lines]
+    entries = offline_wandb.entries(finished / "wandb" / "latest-run")
     text = [json.dumps(e) for e in entries if e["type"] == "history"]
     for name in ("train/loss", "train/grad_norm", "lr/layer", "eval/top1", "eval/balanced_accuracy", "eval/loss"):
         assert any(name in entry for entry in text), name
@@ -190,6 +188,7 @@ def test_dry_run_draws_the_schedule_and_stops(photos: Path, finetune: Run, tmp_p
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.slow
 def test_a_wandb_key_that_does_not_work_leaves_the_run_offline(photos: Path, tmp_path: Path) -> None:
     """No network, or a key that is refused: the run goes on, says so, and can be uploaded later."""
     flags = ("--data", str(photos), *SMALL, "--freeze-epochs", "0", "--epochs", "1", "--output", "run")
@@ -266,7 +265,7 @@ def test_resume_that_has_nothing_to_go_on_with(finished: Path, photos: Path, fin
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+@pytest.mark.parametrize("launcher", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_processes_from_a_real_launcher(finished: Path, photos: Path, tmp_path: Path, launcher: str) -> None:
     recipe = str(ROOT / "recipes" / "finetune.py")
     start = {

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import offline_wandb
 import pytest
 import torch
 from ranks import run_ranks
@@ -63,10 +62,7 @@ def test_the_search_is_in_the_curves(searched: Path) -> None:
 
 
 def test_wandb_holds_it_over_the_learning_rate(searched: Path) -> None:
-    wandb = Path(sys.executable).parent / "wandb"
-    command = [str(wandb), "leet", "inspect", "--json", str(searched / "wandb" / "latest-run")]
-    lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
-    entries = [json.loads(line) for line in lines]
+    entries = offline_wandb.entries(searched / "wandb" / "latest-run")
     history = [json.dumps(entry) for entry in entries if entry["type"] == "history"]
     for name in ("lr_finder/loss", "lr_finder/race_loss", "lr_finder/log10_lr", "lr_finder/chosen", "plots/lr_finder"):
         assert any(f'"{name}' in entry for entry in history), name
@@ -105,6 +101,7 @@ def here(folder: str, *flags: str) -> int:
     return finetune_here(*flags)
 
 
+@pytest.mark.slow
 def test_two_processes_find_and_train_the_same(coloured: Path, tmp_path: Path) -> None:
     """Both ranks take the same answer, or their gradients would drift apart and the run be refused."""
     flags = ("--data", str(coloured), *SMALL, *HOW, "--tracker", "none")

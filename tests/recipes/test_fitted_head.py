@@ -60,7 +60,7 @@ def test_training_goes_on_from_it(finished: Path, coloured: Path, finetune: Run,
     assert records(finished)[1]["train/loss"] < 0.7 * records(tmp_path / "run")[0]["train/loss"]
 
 
-@pytest.mark.parametrize("cached", [(), ("--cache-features",)])
+@pytest.mark.parametrize("cached", [pytest.param((), marks=pytest.mark.slow), ("--cache-features",)])
 def test_it_is_kept_when_training_makes_it_worse(
     coloured: Path, finetune: Run, tmp_path: Path, cached: tuple[str, ...]
 ) -> None:
@@ -87,7 +87,9 @@ def accuracy(model: torch.nn.Module, folder: Path) -> float:
     return sum(hits) / len(hits)
 
 
-@pytest.mark.parametrize("stop", ["2", "5", "7"])
+@pytest.mark.parametrize(
+    "stop", [pytest.param("2", marks=pytest.mark.slow), "5", pytest.param("7", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_does_not_fit_again(
     finished: Path, coloured: Path, finetune: Run, tmp_path: Path, stop: str
 ) -> None:

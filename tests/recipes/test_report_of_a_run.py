@@ -6,13 +6,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import offline_wandb
 import pytest
 from pictures import write_classes
 from ranks import run_ranks
@@ -69,10 +68,7 @@ def test_what_the_run_leaves_behind(finished: Path) -> None:
 
 
 def test_wandb_holds_the_analysis(finished: Path) -> None:
-    wandb = Path(sys.executable).parent / "wandb"
-    command = [str(wandb), "leet", "inspect", "--json", str(finished / "wandb" / "latest-run")]
-    lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
-    entries = [json.loads(line) for line in lines]
+    entries = offline_wandb.entries(finished / "wandb" / "latest-run")
     history = "".join(json.dumps(entry) for entry in entries if entry["type"] == "history")
     for name in ("mistakes", "confused_pairs", "confusion", "precision_recall"):
         assert f"analysis/{name}" in history, name

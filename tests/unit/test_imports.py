@@ -26,9 +26,12 @@ LAYER_0 += ("launcher", "heartbeat", "echoes", "preflight.findings", "lr_curve",
 LAYER_0 += ("run_defaults", "outputs", "exporting.preprocessing", "plain_command")
 LAYER_0 += tuple(f"flags.{p.stem}" for p in (ROOT / "tuning/flags").glob("*.py") if p.stem != "__init__")
 LAYER_0 += ("kept_predictions", "analysis.mistakes", "comparison.paired", "comparison.runs")
+LAYER_0 += tuple(
+    f"searching.{name}" for name in ("spaces", "space_files", "commands", "launching", "studies", "results", "starting")
+)
 LAYER_2 = ("agreement", "session", "entering", "engine", "feeds", "features", "evaluation", "checkpoint")
 LAYER_2 += ("track", "console", "head_fit", "saving", "stopping", "numerical_faults", "tracker_history")
-LAYER_2 += ("out_of_memory",)
+LAYER_2 += ("out_of_memory", "sharding")
 LAYER_2 += ("unreadable", "data_check", "resuming", "preparing", "overfitting", "lr_finder", "lr_report")
 LAYER_2 += ("lr_trials", "no_trace", "gathering", "predicting")
 LAYER_2 += tuple(f"preflight.{name}" for name in ("reading", "trial", "memory", "timing", "verdict"))

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from tuning.analysis.overview import Overview, look_at
 from tuning.data import fingerprint
@@ -25,6 +25,7 @@ from tuning.model_names import LOCAL, look_up
 from tuning.models import ModelInfo
 from tuning.predicting import Predictions, in_order, stream
 from tuning.run_folder import RunFolder
+from tuning.sharding import load_whole, own, split_like
 
 BATCHES = 4  # of every process between two exchanges, at which a wish to stop is heard
 Watch = Callable[[Iterable[Predictions], str], Iterator[Predictions]]
@@ -88,19 +89,22 @@ def load_best(accelerator: Accelerator, model: nn.Module, folder: RunFolder) -> 
     Raises:
         RuntimeError: on every process, if rank 0 can't load them.
     """
-    size, problem = None, ""
+    size, problem, best = None, "", dict[str, Tensor]()
     if accelerator.is_main_process:
         try:
             size = look_up(f"{LOCAL}{folder.model}")[1]["input_size"][-1]
-            model.load_state_dict(load_file(folder.model / "model.safetensors"))
+            best = load_file(folder.model / "model.safetensors")
+            load_whole(model, best)
         except Exception as error:  # whatever it is: the others must hear of it
             problem = f"{folder.model} can't be loaded: {error}"
     size, problem = broadcast_object_list([size, problem])
     if problem:
         raise RuntimeError(problem)
     if accelerator.num_processes > 1:
-        for tensor in model.state_dict().values():
-            tensor.copy_(broadcast(tensor.contiguous()))
+        for name, tensor in model.state_dict().items():
+            given = torch.empty(tensor.shape, dtype=tensor.dtype, device=accelerator.device)
+            given = best[name].to(given) if accelerator.is_main_process else given
+            own(tensor).copy_(own(split_like(broadcast(given), tensor)))
     return int(size)
 
 

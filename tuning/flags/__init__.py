@@ -25,6 +25,7 @@ from tuning.flags.predict import PredictFlags
 from tuning.flags.regularisation import RegularisationFlags
 from tuning.flags.run import RunFlags
 from tuning.flags.stage import StageFlags
+from tuning.flags.sweep import SweepFlags
 
 __all__ = [
     "BatchFlags",
@@ -45,6 +46,7 @@ __all__ = [
     "RunFlags",
     "ScheduleName",
     "StageFlags",
+    "SweepFlags",
 ]
 
 
@@ -66,3 +68,4 @@ class Flags:
     opened: OpenedFlags = field(default_factory=OpenedFlags)
     evaluate: EvaluateFlags = field(default_factory=EvaluateFlags)
     predict: PredictFlags = field(default_factory=PredictFlags)
+    sweep: SweepFlags = field(default_factory=SweepFlags)
