@@ -109,6 +109,16 @@ def test_every_process_reads_its_own_blocks(world: int) -> None:
     assert orders(blocks, 0, BatchPlan(64, 4, world))[0].share == max(1, lanes // world) / lanes
 
 
+@pytest.mark.parametrize("rest", [8, 50])
+def test_a_short_last_step_reads_few_blocks_of_others(rest: int) -> None:
+    """Its images may go to other processes, so that forward passes are the same on any number; filler costs nothing."""
+    blocks = blocks_of([10] * 640 + [rest], held=32)
+    shares = orders(blocks, 0, BatchPlan(64, 8, 8))
+    assert shares[0].images_in(100) == rest
+    readers = [{min(i.row // 10, 640) for micro in order.micro_batches(1) for i in micro} for order in shares]
+    assert sum(map(len, readers)) <= 641 + 7 + rest
+
+
 def test_few_blocks_are_open_at_a_time() -> None:
     """Between its first and its last use a block waits no longer than its window lasts."""
     blocks = blocks_of([10] * 400, held=64)

@@ -80,14 +80,19 @@ class LocalOrder(TrainOrder):
             yield from self._dealt(sequence, epoch, step)
 
     def _dealt(self, sequence: _Sequence, epoch: int, step: int) -> Iterator[list[Item]]:
-        """A process's forward passes lie side by side, unlike those of `TrainOrder`; filler repeats the last rows."""
+        """A process's forward passes lie side by side, unlike those of `TrainOrder`.
+
+        Filler repeats the last rows of the step; a forward pass of nothing else, what this process has at hand.
+        """
         places = sequence.places(step)
         real, micro = len(places), self.batch.micro_batch
         passes = self.batch.micro_steps(real)
         for number in range(self.rank * passes, (self.rank + 1) * passes):
             among = np.arange(number * micro, (number + 1) * micro)
-            filled = np.where(among < real, among, real - 1 - (among - real) % real)
-            rows = sequence.rows(places[filled])
+            filled = places[np.where(among < real, among, real - 1 - (among - real) % real)]
+            if among[0] >= real:
+                filled = sequence.places(step - 1)[self.rank * self.batch.accumulation * micro :][:micro]
+            rows = sequence.rows(filled)
             yield [Item(epoch, int(row), float(n < real)) for row, n in zip(rows, among, strict=True)]
 
 
