@@ -24,10 +24,11 @@ def evaluate(command: Command) -> None:
     from tuning.analysis.overview import look_at, named_pairs
     from tuning.calibration import calibrated, place_for, store
     from tuning.console import Speaker, shown_path
+    from tuning.data.tables import names_of
     from tuning.ensembles import MEAN, averaged_weights, refuse_other_classes, side_by_side
     from tuning.final_metrics import probabilities
     from tuning.finished import open_finished, open_named
-    from tuning.judged_data import changed_since, labels_for, names_of, open_judged
+    from tuning.judged_data import changed_since, labels_for, open_judged
     from tuning.judgement import class_table, details, judge, metrics_table, write
     from tuning.outputs import refuse_used_folder
     from tuning.predicting import Predictions, judging_batch, predict_all
@@ -111,7 +112,7 @@ def evaluate(command: Command) -> None:
             "versions": versions(),
             "git_commit": run_folder.git_commit(),
         }
-        ids, temperature = names_of(data.eval, rows), facts["temperature"]
+        ids, temperature = names_of(data.eval, rows.tolist()), facts["temperature"]
         p = probabilities(logits[headline], temperature).float().numpy()
         overview = look_at(p, truth.numpy(), rows.numpy(), ids, replace(data, classes=first.classes))
         facts["confused_pairs"] = named_pairs(overview)

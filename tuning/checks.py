@@ -51,14 +51,14 @@ _MODEL = ("run", "model", "weights", "image_size", "crop_pct", "micro_batch", "w
 USED = {  # flags that recipes know which train nothing; all others are refused when they are typed
     "recipes/evaluate.py": (
         *(*_ANY_RUN, *_MODEL, "calibrate", "tta", "ensemble", "bootstrap"),
-        *("data", "image_column", "label_column", "train_split", "eval_split", "limit_eval"),
+        *("data", "image_column", "label_column", "train_split", "eval_split", "limit_eval", "streaming"),
     ),
     "recipes/predict.py": (*_ANY_RUN, *_MODEL, "images", "top_k"),
     "recipes/export.py": (
         *("run", "output", "threads", "dry_run", "preset", "config", "print_config"),
         *("format", "export_input", "tolerance", "check_images", "latency_repeats", "license", "metrics"),
         *("push", "push_wandb"),
-        *("data", "image_column", "label_column", "train_split", "eval_split", "limit_eval"),
+        *("data", "image_column", "label_column", "train_split", "eval_split", "limit_eval", "streaming"),
     ),
 }
 LONGEST_WAIT = 60.0 * 24 * 7  # minutes; a time-out that never ends would hide what hangs
@@ -129,6 +129,7 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
     check("give 0, or a whole number from 10", lambda x: x == 0 or x >= 10, "finder_race")
     check("give a share in [0, 1], for example 0.01", lambda x: 0 <= x <= 1, "max_unreadable")
     check("give minutes above 0, for example 90", above_0, "stop_after")
+    check("give 10^9 bytes above 0, for example 2", above_0, "shuffle_gb")
     check("give a ratio of sides from 1, for example 4", lambda x: 1 <= x < math.inf, "max_aspect")
     check("give millions of pixels above 0, for example 50", above_0, "max_megapixels")
     check("give at most 16 of the 100 bits", lambda x: x <= 16, "near_bits")
@@ -168,6 +169,8 @@ def refuse_without_effect(
                 f"--{flag} {values[key]} has no effect with --{other} {' and '.join(chosen)}. Drop it, or choose "
                 f"--{other} {' or '.join(allowed)}."
             )
+    if "shuffle_gb" in typed and not flags.data.streaming:
+        raise UserError(f"--shuffle-gb {values['shuffle_gb']:g} has no effect without --streaming. Drop it.")
     for key in ("mixup", "cutmix"):
         if values[key] and all(stage.cache_features for stage in stages):
             raise UserError(

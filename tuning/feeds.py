@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from accelerate import Accelerator
-from datasets import Dataset
 from torch import nn
 
 from tuning.data.broken import Unreadable
 from tuning.data.loader import EvalFeed, FeatureFeed, Feed, TrainFeed
+from tuning.data.local_order import train_order
 from tuning.data.mixing import Mixing
-from tuning.data.sampling import EvalOrder, TrainOrder
+from tuning.data.sampling import EvalOrder
 from tuning.data.sources import Data
 from tuning.data.splits import stratified_subset
-from tuning.data.tables import label_array, take
+from tuning.data.streamed import StreamedRows
+from tuning.data.tables import Table, label_array, take
 from tuning.data.transforms import Crop, Normalise
 from tuning.entering import Entered
 from tuning.features import CachedEval, compute_features
@@ -61,7 +62,8 @@ def stage_feeds(
     """
     stage, rank, world_size = planned.stage, accelerator.process_index, accelerator.num_processes
     evaluation = plain_feed(accelerator, data.eval, planned, info, workers, unreadable.evaluation)
-    order = TrainOrder(len(data.train), seed, planned.batch, rank)
+    blocks = data.train.blocks if isinstance(data.train, StreamedRows) else None
+    order = train_order(len(data.train), seed, planned.batch, rank, blocks)
     if stage.cache_features:
         pictures = plain_feed(accelerator, data.train, planned, info, workers, unreadable.train)
         train_features = compute_features(accelerator, entered.model, pictures)
@@ -107,7 +109,7 @@ def some_evaluation(
 
 def plain_feed(
     accelerator: Accelerator,
-    rows: Dataset,
+    rows: Table,
     planned: StagePlan,
     info: ModelInfo,
     workers: int,
@@ -119,7 +121,7 @@ def plain_feed(
 
 def judging_feed(
     accelerator: Accelerator,
-    rows: Dataset,
+    rows: Table,
     image_size: int,
     info: ModelInfo,
     workers: int,
@@ -131,7 +133,8 @@ def judging_feed(
     Args:
         batch_size: pictures per forward pass per process.
     """
-    order = EvalOrder(len(rows), batch_size, accelerator.process_index, accelerator.num_processes)
+    rank, world_size, together = accelerator.process_index, accelerator.num_processes, isinstance(rows, StreamedRows)
+    order = EvalOrder(len(rows), batch_size, rank, world_size, together)
     crop, normalise = Crop(image_size, info.interpolation, info.crop_pct), Normalise(info.mean, info.std)
     device = accelerator.device
     return EvalFeed(rows, order, crop, normalise, workers=workers, device=device, unreadable=unreadable)

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset
 from torch import Tensor
 
 from tuning.class_maps import outputs_for
 from tuning.coerce import read_yaml
 from tuning.data import fingerprint
 from tuning.data.sources import Data, open_data
-from tuning.data.tables import label_array
+from tuning.data.tables import Table, label_array
 from tuning.errors import UserError
 from tuning.flags import DataFlags
 from tuning.run_defaults import is_same, run_of
 from tuning.run_folder import CONFIG
-
-AT_ONCE = 256  # rows whose encoded pictures pass through memory for their names
 
 
 def open_judged(flags: DataFlags, seed: int, run: str | None) -> tuple[Data, bool]:
@@ -58,7 +54,7 @@ def changed_since(run: Path | None, data: Data) -> tuple[str, ...]:
     return (f"the data is not what the run was trained on: {changed}.",) if changed else ()
 
 
-def labels_for(rows: Dataset, data: Data, classes: tuple[str, ...]) -> Tensor:
+def labels_for(rows: Table, data: Data, classes: tuple[str, ...]) -> Tensor:
     """The label of every row as an output of the model: ``(N,)`` int64.
 
     Args:
@@ -73,12 +69,3 @@ def labels_for(rows: Dataset, data: Data, classes: tuple[str, ...]) -> Tensor:
     place = torch.zeros(len(data.classes), dtype=torch.int64)
     place[present] = outputs_for([data.classes[number] for number in present], classes, f"--data {data.name}")
     return place[labels]
-
-
-def names_of(dataset: Dataset, rows: Tensor) -> list[str]:
-    """The paths of the pictures in *rows* ``(N,)`` or, where they have none, ``row N``."""
-    pictures, names = dataset.select_columns(["image"]).with_format("arrow"), []
-    for some in torch.split(rows, AT_ONCE):
-        paths = pc.struct_field(pictures[some.tolist()].column("image"), "path").to_pylist()
-        names += [path or f"row {row}" for path, row in zip(paths, some.tolist(), strict=True)]
-    return names

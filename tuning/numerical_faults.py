@@ -7,9 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
-from tuning.data.sources import image_name
+from tuning.data.tables import Table, names_of
 from tuning.engine import Step
 from tuning.errors import UserError
 from tuning.progress import Progress
@@ -26,7 +24,7 @@ class NumericalFaults:
         writes: whether this process writes the file.
     """
 
-    def __init__(self, limit: int, folder: Path, rows: Dataset, writes: bool) -> None:
+    def __init__(self, limit: int, folder: Path, rows: Table, writes: bool) -> None:
         self._limit, self._folder, self._rows, self._writes = limit, folder, rows, writes
         self._first: tuple[Step, float, float] | None = None
 
@@ -62,6 +60,6 @@ class NumericalFaults:
 
     def _described(self, step: Step, stage: int) -> dict[str, Any]:
         rows = step.rows
-        names = [image_name(self._rows[row], row) for row in rows]
+        names = names_of(self._rows, rows)
         place = {"step": step.step, "epoch": step.place[0], "stage": stage, "lr": step.lrs}
         return {**place, "rows": rows, "images": names}

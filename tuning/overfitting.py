@@ -18,7 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from tuning.data.loader import EvalFeed, Micro
 from tuning.data.sources import Data, image_name
 from tuning.data.splits import stratified_subset
-from tuning.data.tables import label_array, take
+from tuning.data.tables import in_memory, label_array, take
 from tuning.engine import Step
 from tuning.entering import Entered
 from tuning.flags import Flags
@@ -43,10 +43,10 @@ def small_data(data: Data, flags: Flags, replay: Replay | None) -> Data:
     if replay:
         chosen = torch.tensor(replay.rows).numpy()
     elif flags.data.limit_train is not None:
-        return data
+        return replace(data, train=in_memory(data.train, data.classes))
     else:
         chosen = stratified_subset(label_array(data.train), SMALL_BATCH, flags.run.seed)
-    return replace(data, train=take(data.train, chosen))
+    return replace(data, train=in_memory(take(data.train, chosen), data.classes))
 
 
 def choose_stage(stages: Sequence[Stage], wanted: str | None, replay: Replay | None) -> Stage:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import Tensor, nn
 
 from tuning.data.broken import Broken, Unreadable
 from tuning.data.loader import EvalFeed
+from tuning.data.tables import Table
 from tuning.errors import UserError
 from tuning.feeds import EVAL_BATCH, judging_feed
 from tuning.gathering import gathered
@@ -52,7 +52,7 @@ def predict_all(
     accelerator: Accelerator,
     model: nn.Module,
     info: ModelInfo,
-    rows: Dataset,
+    rows: Table,
     *,
     workers: int,
     folder: str | None = None,
@@ -78,7 +78,7 @@ def predict_all(
     for part in stream(accelerator, forward or model, feed, BATCHES):
         parts.append(part)
         progress(sum(len(p.rows) + len(p.unreadable) for p in parts))
-    logits, labels, index = (torch.cat([getattr(p, name) for p in parts]) for name in ("logits", "labels", "rows"))
+    logits, labels, index = in_order(parts)
     unreadable = tuple(broken for part in parts for broken in part.unreadable)
     if not len(index):
         raise UserError(f"none of the {len(rows)} pictures could be read; the first: {unreadable[0]}.")
@@ -87,10 +87,19 @@ def predict_all(
     return Predictions(logits, labels, index, unreadable)
 
 
+def in_order(parts: Sequence[Predictions]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, labels and rows of all *parts*, ascending by row."""
+    index = torch.cat([part.rows for part in parts])
+    order = torch.argsort(index)
+    return torch.cat([p.logits for p in parts])[order], torch.cat([p.labels for p in parts])[order], index[order]
+
+
 def stream(
     accelerator: Accelerator, forward: Callable[[Tensor], Tensor], feed: EvalFeed, batches: int = BATCHES
 ) -> Iterator[Predictions]:
-    """The same piece by piece, each of the next rows of the dataset: memory doesn't grow with their number.
+    """The same piece by piece: memory doesn't grow with their number.
+
+    Each piece has the next rows of the dataset, or with `EvalOrder.together` the next rows of every process.
 
     Args:
         forward: normalised images ``(B, 3, S, S)`` -> logits ``(B, K)``.

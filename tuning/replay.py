@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from tuning.coerce import shown
-from tuning.data.sources import image_name
+from tuning.data.tables import Table, names_of
 from tuning.errors import UserError
 
 
@@ -27,7 +25,7 @@ class Replay:
     stage: int
 
 
-def read_replay(path: Path, train: Dataset) -> Replay:
+def read_replay(path: Path, train: Table) -> Replay:
     """Read a replay file and check that its rows still hold the images that it names.
 
     Raises:
@@ -40,8 +38,10 @@ def read_replay(path: Path, train: Dataset) -> Replay:
     except (ValueError, RecursionError):
         raise UserError(f"--replay {path} is not JSON; give a file faults/step-*.json of a run.") from None
     rows, names, stage = _replay_fields(path, content)
+    there = [row for row in rows if row < len(train)]
+    found = dict(zip(there, names_of(train, there), strict=True))
     for row, name in zip(rows, names, strict=True):
-        now = image_name(train[row], row) if row < len(train) else f"nothing (it has {len(train):,} rows)"
+        now = found.get(row, f"nothing (it has {len(train):,} rows)")
         if now != name:
             raise UserError(
                 f"--replay {path} names {shown(name)} as row {row} of the training data, now {shown(now)}. "

@@ -12,7 +12,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYER_0 = ("errors", "coerce", "stages", "progress", "schedules", "sizes", "command_line")
-LAYER_0 += ("run_folder", "summary", "data.sampling", "data.splits", "records", "interrupts", "checks")
+LAYER_0 += (
+    "run_folder",
+    "summary",
+    "data.sampling",
+    "data.local_order",
+    "data.splits",
+    "records",
+    "interrupts",
+    "checks",
+)
 LAYER_0 += ("launcher", "heartbeat", "echoes", "preflight.findings", "lr_curve", "lr_race", "lr_ranges", "manifest")
 LAYER_0 += ("run_defaults", "outputs", "exporting.preprocessing", "plain_command")
 LAYER_0 += tuple(f"flags.{p.stem}" for p in (ROOT / "tuning/flags").glob("*.py") if p.stem != "__init__")

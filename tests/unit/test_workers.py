@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -157,20 +158,44 @@ def _shower(group: int) -> None:
         time.sleep(0.0005)
 
 
-def test_workers_end_when_their_run_is_killed() -> None:
-    process, pipe = start(_train_until_killed)
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_workers_end_when_their_run_is_killed(cut_off: bool) -> None:
+    """Also when the kill cuts off a message that they are reading, such as a micro-batch of streamed pictures."""
+    process, pipe = start(_train_until_cut_off if cut_off else _train_until_killed)
     assert pipe.poll(30)
     workers = pipe.recv()
     os.kill(process.pid, signal.SIGKILL)
     process.join(10)
     assert len(workers) == 2
-    assert all(ended(pid, within=10) for pid in workers)
+    try:
+        assert all(ended(pid, within=10) for pid in workers)
+    finally:
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _train_until_killed(pipe: Connection) -> None:
     for place, _ in enumerate(loader(Pids(0.02), 10_000)):
         if place == 5:
             pipe.send([child.pid for child in psutil.Process().children()])
+
+
+def _train_until_cut_off(pipe: Connection) -> None:
+    whole = Connection._send  # type: ignore[attr-defined]
+
+    def half(self: Connection, content: bytes) -> None:
+        if len(content) < 100_000:
+            whole(self, content)
+            return
+        whole(self, content[: len(content) // 2])
+        time.sleep(1)  # until the workers wait for the rest
+        pipe.send([child.pid for child in psutil.Process().children()])
+        time.sleep(60)
+
+    Connection._send = half  # type: ignore[attr-defined]
+    batches = [[0], [0], [bytes(1_000_000)], [0]]
+    list(WorkerLoader(Pids(), batches, 2, keep=False, pin=False))
 
 
 def test_a_loader_ends_quickly_in_the_middle_of_an_epoch() -> None:

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from tuning.analysis.mistakes import PerClass
 from tuning.data.sources import Data
+from tuning.data.tables import spread
 from tuning.preflight.pictures import examine
 from tuning.preflight.suspects import class_counts
 
@@ -68,7 +67,7 @@ def data_facts(data: Data, source: str) -> list[tuple[str, str]]:
 
 def sizes(rows: Any) -> str:
     """Widths, heights and encoded bytes, of all pictures or of `SIZED` evenly spaced ones."""
-    numbers = np.unique(np.linspace(0, len(rows) - 1, min(SIZED, len(rows))).astype(int)).tolist()
+    numbers = spread(rows, SIZED).tolist()
     seen = [fact for fact in _examined(rows, numbers) if fact[0] > 0]
     if not seen:
         return "unknown: no picture could be read"

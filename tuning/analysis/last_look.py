@@ -24,7 +24,7 @@ from tuning.judgement import finite, judge
 from tuning.kept_predictions import write
 from tuning.model_names import LOCAL, look_up
 from tuning.models import ModelInfo
-from tuning.predicting import Predictions, stream
+from tuning.predicting import Predictions, in_order, stream
 from tuning.run_folder import RunFolder
 from tuning.sharding import load_whole, own, split_like
 
@@ -111,8 +111,8 @@ def load_best(accelerator: Accelerator, model: nn.Module, folder: RunFolder) -> 
 
 def _analysed(pieces: list[Predictions], folder: RunFolder, data: Data) -> LastLook:
     """Write the predictions, judge them and look at the mistakes; on rank 0."""
-    logits, answers = (torch.cat([getattr(piece, name) for piece in pieces]) for name in ("logits", "labels"))
-    rows, labels = torch.cat([piece.rows for piece in pieces]).numpy(), answers.numpy()
+    logits, answers, index = in_order(pieces)
+    rows, labels = index.numpy(), answers.numpy()
     if not len(rows):
         raise ValueError(f"none of the {len(data.eval)} evaluation pictures could be read")
     probabilities = logits.softmax(dim=1).numpy()

@@ -30,11 +30,20 @@ def standardise(train: Dataset, judge: Dataset | None, image_column: str | None,
     """
     if len(train) == 0:
         raise UserError("The train split has no images; name another with --train-split.")
-    image = _choose(train, image_column, "--image-column", _image_column, _may_be_image)
-    label = _choose(train, label_column, "--label-column", _label_column, _may_be_label)
-    values, classes = _class_map(train, label)
+    image, label = choose_columns(train, image_column, label_column)
+    values, classes = class_map(train.features[label], lambda: _column(train, label))
     encoded = [_encode(part, image, label, values, classes) for part in (train, judge) if part is not None]
     return Opened(encoded[0], encoded[1] if judge is not None else None, classes)
+
+
+def choose_columns(dataset: Dataset, image_column: str | None, label_column: str | None) -> tuple[str, str]:
+    """The names of the image and the label column of *dataset*, of which only names and types are looked at.
+
+    Raises:
+        UserError: ambiguous, missing or impossible columns.
+    """
+    image = _choose(dataset, image_column, "--image-column", _image_column, _may_be_image)
+    return image, _choose(dataset, label_column, "--label-column", _label_column, _may_be_label)
 
 
 def _choose(
@@ -95,13 +104,17 @@ def _is_value(feature: Any, *dtypes: str) -> bool:
     return isinstance(feature, Value) and feature.dtype in dtypes
 
 
-def _class_map(train: Dataset, label: str) -> tuple[pa.Array, tuple[str, ...]]:
-    """The distinct raw labels in order, and the name of each."""
-    feature = train.features[label]
+def class_map(feature: Any, labels: Callable[[], pa.Array]) -> tuple[pa.Array, tuple[str, ...]]:
+    """The distinct raw labels in order, and the name of each.
+
+    Args:
+        feature: type of the label column.
+        labels: of the training part, asked for where the type doesn't name the classes.
+    """
     if isinstance(feature, ClassLabel):
         names = tuple(feature.names or map(str, range(feature.num_classes or 0)))
         return pa.array(names, pa.string()), names
-    values = pc.unique(_column(train, label)).drop_null()
+    values = pc.unique(labels()).drop_null()
     values = values.take(pc.sort_indices(values))
     return values, tuple(str(value) for value in values.to_pylist())
 
@@ -125,13 +138,29 @@ def _require_columns(dataset: Dataset, image: str, label: str) -> None:
 
 
 def _codes(dataset: Dataset, label: str, values: pa.Array) -> Indices:
-    """Each label as its place in the class map; names decide, not numbers, where a part has its own ClassLabel."""
-    raw = _named(_column(dataset, label), dataset.features[label])
-    if raw.null_count:
+    raw = named(_column(dataset, label), dataset.features[label])
+    refuse_missing(raw.null_count, len(raw), label)
+    return codes_of(raw, values, label)
+
+
+def refuse_missing(missing: int, rows: int, label: str) -> None:
+    """Refuse rows without a label."""
+    if missing:
         raise UserError(
-            f"{raw.null_count:,} of {len(raw):,} rows have no {label!r} (empty or below zero, as in hidden test sets); "
+            f"{missing:,} of {rows:,} rows have no {label!r} (empty or below zero, as in hidden test sets); "
             "remove them, or name other splits with --train-split and --eval-split."
         )
+
+
+def codes_of(raw: pa.Array, values: pa.Array, label: str) -> Indices:
+    """Each label as its place in the class map; names decide, not numbers, where a part has its own ClassLabel.
+
+    Args:
+        raw: labels as `named` gives them, none missing.
+
+    Raises:
+        UserError: a label that the class map lacks.
+    """
     codes = pc.index_in(_as_type(raw, values.type), value_set=values)
     if codes.null_count:
         unknown = pc.unique(raw.filter(pc.is_null(codes))).to_pylist()
@@ -142,7 +171,7 @@ def _codes(dataset: Dataset, label: str, values: pa.Array) -> Indices:
     return np.asarray(codes.to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
-def _named(column: pa.Array, feature: Any) -> pa.Array:
+def named(column: pa.Array, feature: Any) -> pa.Array:
     """A ClassLabel's integers as its names, below zero as null; other columns as they are."""
     if not isinstance(feature, ClassLabel):
         return column

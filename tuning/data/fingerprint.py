@@ -1,10 +1,12 @@
 """What the data was when a run began, so that a run that goes on can tell whether it still is.
 
-A table with one row a picture: names, labels and sizes, no content. Quick for a million pictures.
+A table with one row a picture: names, labels and sizes, no content. Quick for a million pictures. Of streamed data one
+row a row group.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -19,7 +21,8 @@ from datasets import Dataset
 
 from tuning.data.folders import shorten
 from tuning.data.sources import Data
-from tuning.data.tables import label_array
+from tuning.data.streamed import StreamedRows
+from tuning.data.tables import Table, label_array
 from tuning.errors import UserError
 
 FILE = "data.parquet"
@@ -27,18 +30,22 @@ MOST_FILES = 100_000  # whose size is asked for: on a network disk each takes a 
 _THREADS = 16
 _SHOWN = 3
 _CLASSES = b"classes"
+_UNIT = b"unit"  # what a row of the table is; left out where it is a picture
 
 
 def index(data: Data) -> pa.Table:
     """One row a picture, in the order of the data.
 
     Columns: ``split`` (train, eval), ``name`` (path below the data folder, or ``row N``), ``label`` (class) and
-    ``bytes`` (encoded size; null where it is not known, as for most of more than `MOST_FILES` files).
+    ``bytes`` (encoded size; null where it is not known, as for most of more than `MOST_FILES` files). Of streamed data:
+    one row a row group, whose ``label`` is a digest of its rows and their labels.
     """
     every = max(1, -(-(len(data.train) + len(data.eval)) // MOST_FILES))
     parts = [_part("train", data.train, data, every), _part("eval", data.eval, data, every)]
-    classes = json.dumps(data.classes).encode()
-    return pa.concat_tables(parts).replace_schema_metadata({_CLASSES: classes})
+    about = {_CLASSES: json.dumps(data.classes).encode()}
+    if isinstance(data.train, StreamedRows):
+        about[_UNIT] = b"row group"
+    return pa.concat_tables(parts).replace_schema_metadata(about)
 
 
 def save(table: pa.Table, path: Path) -> None:
@@ -70,12 +77,15 @@ def differences(old_path: Path, new: pa.Table) -> str | None:
         raise UserError(
             f"{old_path} is damaged, so whether the data changed can't be told; delete it to go on without."
         ) from error
-    found = [*_changed_classes(before, now), *_changed_rows(old, new)]
+    unit = new.schema.metadata.get(_UNIT, b"picture").decode()
+    found = [*_changed_classes(before, now), *_changed_rows(old, new, unit)]
     return "; ".join(found) or None
 
 
-def names(dataset: Dataset, folder: str | None) -> pa.Array:
+def names(dataset: Table, folder: str | None) -> pa.Array:
     """A name for every row: the path of its picture below *folder*, or ``row N``."""
+    if isinstance(dataset, StreamedRows):
+        return _named(pa.array(dataset.names(range(len(dataset))), pa.string()), folder)
     paths, _ = _paths_and_sizes(dataset)
     return _named(paths, folder)
 
@@ -85,7 +95,9 @@ def _named(paths: pa.Array, folder: str | None) -> pa.Array:
     return pc.coalesce(_below(paths, folder), numbered)
 
 
-def _part(split: str, dataset: Dataset, data: Data, every: int) -> pa.Table:
+def _part(split: str, dataset: Table, data: Data, every: int) -> pa.Table:
+    if isinstance(dataset, StreamedRows):
+        return _row_groups(split, dataset)
     rows = len(dataset)
     paths, sizes = _paths_and_sizes(dataset)
     labels = pa.DictionaryArray.from_arrays(pa.array(label_array(dataset), pa.int32()), pa.array(data.classes))
@@ -96,6 +108,18 @@ def _part(split: str, dataset: Dataset, data: Data, every: int) -> pa.Table:
         "name": _named(paths, data.folder),
         "label": labels.cast(pa.string()),
         "bytes": pc.coalesce(sizes, _sizes_on_disk(paths, sizes, every)),
+    }
+    return pa.table(columns)
+
+
+def _row_groups(split: str, rows: StreamedRows) -> pa.Table:
+    shards, blocks = rows.shards, rows.block_numbers.tolist()
+    digests = [hashlib.blake2b(content, digest_size=16).hexdigest() for content in rows.contents()]
+    columns = {
+        "split": pa.array([split] * len(blocks)),
+        "name": pa.array([shards.name(block) for block in blocks]),
+        "label": pa.array(digests),
+        "bytes": pa.array(shards.sizes[blocks]),
     }
     return pa.table(columns)
 
@@ -161,30 +185,30 @@ def _changed_classes(old: list[str], new: list[str]) -> Iterator[str]:
         yield "the classes have another order"
 
 
-def _changed_rows(old: pa.Table, new: pa.Table) -> Iterator[str]:
+def _changed_rows(old: pa.Table, new: pa.Table, unit: str) -> Iterator[str]:
     if not (old["name"].equals(new["name"]) and old["split"].equals(new["split"])):
         counts = _counts(old, new, ["name"])
-        yield from _changed_names(old, new, counts)
+        yield from _changed_names(old, new, counts, unit)
         once = counts.filter(pc.and_(pc.equal(counts["old"], 1), pc.equal(counts["new"], 1)))["name"]
         old, new = (t.take(pc.index_in(once, value_set=t["name"])) for t in (old, new))
     names = new["name"]
     resized = pc.fill_null(pc.not_equal(old["bytes"], new["bytes"]), False)
-    yield from _told("of another size", names.filter(resized))
-    yield from _told("with another label", names.filter(pc.not_equal(old["label"], new["label"])))
+    yield from _told("of another size", names.filter(resized), unit)
+    yield from _told("with another label", names.filter(pc.not_equal(old["label"], new["label"])), unit)
 
 
-def _changed_names(old: pa.Table, new: pa.Table, counts: pa.Table) -> Iterator[str]:
+def _changed_names(old: pa.Table, new: pa.Table, counts: pa.Table, unit: str) -> Iterator[str]:
     gone = counts.filter(pc.greater(counts["old"], counts["new"]))["name"]
     fresh = counts.filter(pc.less(counts["old"], counts["new"]))["name"]
-    yield from _told("gone", gone)
-    yield from _told("new", fresh)
+    yield from _told("gone", gone, unit)
+    yield from _told("new", fresh, unit)
     if len(gone) or len(fresh):  # a split by --val-fraction then differs too
         return
     parts = _counts(old, new, ["name", "split"])
     moved = parts.filter(pc.less(parts["old"], parts["new"]))["name"]
-    yield from _told("in the other of training and evaluation", moved)
+    yield from _told("in the other of training and evaluation", moved, unit)
     if not len(moved):
-        yield "the pictures are in another order"
+        yield f"the {unit}s are in another order"
 
 
 def _counts(old: pa.Table, new: pa.Table, keys: list[str]) -> pa.Table:
@@ -196,9 +220,9 @@ def _counts(old: pa.Table, new: pa.Table, keys: list[str]) -> pa.Table:
     return pa.table({**{key: both[key] for key in keys}, **filled})
 
 
-def _told(what: str, names: pa.ChunkedArray) -> Iterator[str]:
+def _told(what: str, names: pa.ChunkedArray, unit: str) -> Iterator[str]:
     if len(names):
-        noun = "picture is" if len(names) == 1 else "pictures are"
+        noun = f"{unit} is" if len(names) == 1 else f"{unit}s are"
         first = names.take(pc.sort_indices(names)[:_SHOWN]).to_pylist()
         rest = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
         yield f"{len(names):,} {noun} {what} ({', '.join(first)}{rest})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from tuning.data.ahead import to_evaluate, to_train
 from tuning.data.broken import Broken, Unreadable, why_gone
 from tuning.data.images import UnreadableImage, decode
 from tuning.data.mixing import Mix, Mixing, mixed
@@ -106,7 +107,7 @@ class Pictures(Dataset[Batch]):
     def _read(self, item: Item, unreadable: list[Broken]) -> tuple[Tensor | None, int]:
         for offset in range(REPLACEMENT_TRIES if self.replace_unreadable else 1):
             number = (item.row + offset) % len(self.rows)
-            row = self.rows[number]
+            row = item.content if item.content and not offset else self.rows[number]
             try:
                 return self._cut(decode(_source(row), min_side=self.crop.size), item), int(row["label"])
             except UnreadableImage as error:
@@ -119,7 +120,7 @@ class Pictures(Dataset[Batch]):
         return self.crop.random(picture, self.augment, crop_seed(self.seed, item.epoch, item.row))
 
 
-def _source(row: dict[str, Any]) -> bytes | str:
+def _source(row: Mapping[str, Any]) -> bytes | str:
     image = row["image"]
     return image["bytes"] if image["bytes"] is not None else image["path"]  # type: ignore[no-any-return]
 
@@ -130,8 +131,8 @@ class _EpochBatches:
     All copies of a feed share it, and with it the order.
     """
 
-    def __init__(self, order: TrainOrder) -> None:
-        self.order, self.epoch, self.first_step = order, 0, 0
+    def __init__(self, order: TrainOrder, rows: Any = None) -> None:
+        self.order, self.rows, self.epoch, self.first_step = order, rows, 0, 0
         self.shrunk_to: int | None = None
 
     def shrink(self) -> bool:
@@ -142,15 +143,15 @@ class _EpochBatches:
         return True
 
     def __iter__(self) -> Iterator[list[Item]]:
-        return self.order.micro_batches(self.epoch, self.first_step)
+        return to_train(self.rows, self.order, self.epoch, self.first_step)
 
 
 class _EvalBatches:
-    def __init__(self, order: EvalOrder) -> None:
-        self.order = order
+    def __init__(self, order: EvalOrder, rows: Any) -> None:
+        self.order, self.rows = order, rows
 
     def __iter__(self) -> Iterator[list[Item]]:
-        return self.order.micro_batches()
+        return to_evaluate(self.rows, self.order)
 
 
 def _note(batch: Batch, unreadable: Unreadable) -> None:
@@ -208,7 +209,7 @@ class TrainFeed(_Feed):
     ) -> None:
         self.unreadable = unreadable or Unreadable()
         self._normalise, self._flip, self._device, self._mixing = normalise, flip, device, mixing
-        self._batches = _EpochBatches(order)
+        self._batches = _EpochBatches(order, rows)
         pictures = Pictures(rows, crop, augment, order.seed, replace_unreadable=True, folder=self.unreadable.folder)
         self._loader = WorkerLoader(pictures, self._batches, workers, keep=True, pin=device.type == "cuda")
 
@@ -252,7 +253,7 @@ class EvalFeed:
         self.order, self.unreadable = order, unreadable or Unreadable()
         self._normalise, self._device = normalise, device
         pictures = Pictures(rows, crop, "none", 0, replace_unreadable=False, folder=self.unreadable.folder)
-        self._loader = WorkerLoader(pictures, _EvalBatches(order), workers, keep=False, pin=device.type == "cuda")
+        self._loader = WorkerLoader(pictures, _EvalBatches(order, rows), workers, keep=False, pin=device.type == "cuda")
 
     def __iter__(self) -> Iterator[Micro]:
         for number, batch in enumerate(self._loader, start=1):

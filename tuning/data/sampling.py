@@ -5,9 +5,9 @@ Nothing here holds state, so a run can go on from any optimizer step and no gene
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +24,13 @@ class Item(NamedTuple):
         epoch: pass over the data; with `row` it seeds every random draw for the image.
         row: of the dataset.
         weight: 1 = a real image of this step, 0 = filler that keeps the batch full (a short last window).
+        content: the row itself where it has been read already; None = it is still to be read.
     """
 
     epoch: int
     row: int
     weight: float
+    content: Mapping[str, Any] | None = None
 
 
 def epoch_order(images: int, seed: int, epoch: int) -> Rows:
@@ -109,17 +111,27 @@ class TrainOrder:
 
 @dataclass(frozen=True)
 class EvalOrder:
-    """Every image exactly once over all processes, in batches; filler at weight 0 keeps the processes equally long."""
+    """Every image exactly once over all processes, in batches; filler at weight 0 keeps the processes equally long.
+
+    Attributes:
+        together: every process has images that follow each other, for data that is read in blocks; otherwise pieces of
+            the result come in the order of the dataset.
+    """
 
     images: int
     batch_size: int
     rank: int
     world_size: int
+    together: bool = False
 
     def micro_batches(self) -> Iterator[list[Item]]:
         """This process's batches; the same number and sizes on every process."""
         share = -(-self.images // self.world_size)
-        mine = [(self.rank + self.world_size * n) for n in range(share)]
-        items = [Item(0, index % self.images, float(index < self.images)) for index in mine]
+        every = range(self.rank, self.rank + self.world_size * share, self.world_size)
+        mine = range(self.rank * share, (self.rank + 1) * share) if self.together else every
         for first in range(0, share, self.batch_size):
-            yield items[first : first + self.batch_size]
+            yield [self._item(index) for index in mine[first : first + self.batch_size]]
+
+    def _item(self, index: int) -> Item:
+        filler = self.images - 1 if self.together else index % self.images
+        return Item(0, index if index < self.images else filler, float(index < self.images))

@@ -78,15 +78,27 @@ def open_shards(
     kinds = sorted({extension(path) for path in files})
     if len(kinds) > 1:
         raise UserError(f"{folder} holds shards of several kinds ({', '.join(kinds)}); keep one kind in a folder.")
+    wanted, train, judge, notes = choose_shards(files, folder, train_split, eval_split)
+    loaded = {name: _load_shards(KINDS[kinds[0]], paths) for name, paths in wanted.items()}
+    opened = _open_parts(loaded, folder, image_column, label_column, train, judge)
+    return Opened(opened.train, opened.eval, opened.classes, (*opened.notes, *notes))
+
+
+def choose_shards(
+    files: list[str], folder: str, train_split: str | None, eval_split: str | None
+) -> tuple[dict[str, list[str]], str, str | None, list[str]]:
+    """The shards of the splits to use, the name of the one to train on, of the one to evaluate on, and notes.
+
+    Raises:
+        UserError: from `choose_splits`.
+    """
     requested = [name for name in (train_split, eval_split) if name is not None]
     parts, stray = _shards_by_split(files, folder, {*SPLIT_NAMES, *requested})
     train, judge = choose_splits(sorted(parts), train_split, eval_split, folder)
     wanted = {name: parts[name] for name in (train, judge) if name is not None}
-    loaded = {name: _load_shards(KINDS[kinds[0]], paths) for name, paths in wanted.items()}
-    opened = _open_parts(loaded, folder, image_column, label_column, train, judge)
     unused = [name for name in sorted(parts) if name not in wanted] + [os.path.basename(path) for path in stray]
-    note = (f"{folder}: splits or shards that are not used: {shorten(unused)}.",) if unused else ()
-    return Opened(opened.train, opened.eval, opened.classes, (*opened.notes, *note))
+    notes = [f"{folder}: splits or shards that are not used: {shorten(unused)}."] if unused else []
+    return wanted, train, judge, notes
 
 
 def _shards_by_split(files: list[str], folder: str, known: set[str]) -> tuple[dict[str, list[str]], list[str]]:

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 
-from tuning.data import elpv, shards
+from tuning.data import elpv, parquet, shards
 from tuning.data.folders import Skipped, extension, is_folder, open_pictures, shorten, visible
 from tuning.data.splits import stratified_split, stratified_subset
-from tuning.data.tables import Opened, label_array, take
+from tuning.data.tables import Opened, Table, label_array, take
 from tuning.errors import UserError, did_you_mean
 
 DEMO = "demo"
@@ -30,8 +29,8 @@ class Data:
     """
 
     name: str
-    train: Dataset
-    eval: Dataset
+    train: Table
+    eval: Table
     classes: tuple[str, ...]
     notes: tuple[str, ...]
     folder: str | None = None
@@ -48,6 +47,8 @@ def open_data(
     seed: int,
     limit_train: int | None,
     limit_eval: int | None,
+    streaming: bool = False,
+    shuffle_gb: float = 2.0,
     hold_out: bool = True,
 ) -> Data:
     """Open the images and labels that *data* names; the same arguments give the same rows in the same order everywhere.
@@ -59,6 +60,8 @@ def open_data(
         val_fraction: the part of each class held out where there is no split to evaluate on, in (0, 1).
         seed: of the held-out part and of the limits.
         limit_train, limit_eval: keep at most this many images, stratified by class; None keeps all.
+        streaming: read parquet shards where they lie, a row group at a time.
+        shuffle_gb: 10^9 bytes of streamed pictures that are shuffled at a time.
         hold_out: hold a part out where there is no split to evaluate on; else all images are evaluated, whatever their
             classes.
 
@@ -67,7 +70,10 @@ def open_data(
     """
     _check_numbers(val_fraction, limit_train, limit_eval)
     try:
-        opened = _open(data, image_column, label_column, train_split, eval_split)
+        if streaming:
+            opened = _streamed(data, image_column, label_column, train_split, eval_split, shuffle_gb)
+        else:
+            opened = _open(data, image_column, label_column, train_split, eval_split)
     except OSError as error:
         raise UserError(f"--data {data!r} cannot be read: {error.filename}: {error.strerror}.") from error
     notes = list(opened.notes)
@@ -118,6 +124,19 @@ def _open(
     return table if table is not None else _nothing_found(folder, train_split, eval_split)
 
 
+def _streamed(
+    data: str,
+    image_column: str | None,
+    label_column: str | None,
+    train_split: str | None,
+    eval_split: str | None,
+    shuffle_gb: float,
+) -> Opened:
+    if data == DEMO:
+        raise UserError(f"--data {DEMO} is pictures in files, not parquet shards. {parquet.LEAVE_OUT}.")
+    return parquet.open_streamed(data, image_column, label_column, train_split, eval_split, shuffle_gb)
+
+
 def _ignored(
     image_column: str | None, label_column: str | None, train_split: str | None, eval_split: str | None
 ) -> list[str]:
@@ -161,7 +180,7 @@ def _check_numbers(val_fraction: float, limit_train: int | None, limit_eval: int
             raise UserError(f"{flag} {limit} must be at least 1; leave it out to use all images.")
 
 
-def _check_train(data: str, train: Dataset, classes: tuple[str, ...]) -> None:
+def _check_train(data: str, train: Table, classes: tuple[str, ...]) -> None:
     present = np.unique(label_array(train))
     if len(present) < 2:
         raise UserError(
@@ -171,8 +190,8 @@ def _check_train(data: str, train: Dataset, classes: tuple[str, ...]) -> None:
 
 
 def _hold_out(
-    data: str, train: Dataset, classes: tuple[str, ...], fraction: float, seed: int, notes: list[str]
-) -> tuple[Dataset, Dataset]:
+    data: str, train: Table, classes: tuple[str, ...], fraction: float, seed: int, notes: list[str]
+) -> tuple[Table, Table]:
     labels = label_array(train)
     kept, held = stratified_split(labels, fraction, seed)
     if len(held) == 0:
@@ -190,7 +209,7 @@ def _hold_out(
     return take(train, kept), take(train, held)
 
 
-def _limit(dataset: Dataset, limit: int | None, seed: int, flag: str, notes: list[str]) -> Dataset:
+def _limit(dataset: Table, limit: int | None, seed: int, flag: str, notes: list[str]) -> Table:
     if limit is None or limit >= len(dataset):
         return dataset
     labels = label_array(dataset)
@@ -201,10 +220,10 @@ def _limit(dataset: Dataset, limit: int | None, seed: int, flag: str, notes: lis
     return take(dataset, stratified_subset(labels, limit, seed))
 
 
-def _note_missing(train: Dataset, judge: Dataset, classes: tuple[str, ...], notes: list[str]) -> None:
+def _note_missing(train: Table, judge: Table, classes: tuple[str, ...], notes: list[str]) -> None:
     for part, verb in ((train, "train on"), (judge, "evaluate on")):
-        present = set(label_array(part).tolist())
-        missing = [name for index, name in enumerate(classes) if index not in present]
+        counts = np.bincount(label_array(part), minlength=len(classes))
+        missing = [name for name, count in zip(classes, counts, strict=True) if not count]
         if missing:
             notes.append(f"Classes without an image to {verb}: {shorten(missing)}.")
 

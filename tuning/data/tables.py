@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image
 from datasets.table import InMemoryTable
 
 from tuning.data.splits import Indices
+from tuning.data.streamed import StreamedRows
+
+Table: TypeAlias = Dataset | StreamedRows
+AT_ONCE = 256  # rows whose encoded pictures pass through memory for their names
 
 
 @dataclass(frozen=True)
@@ -20,8 +26,8 @@ class Opened:
     `folder` is set where every picture is a file of its own below it.
     """
 
-    train: Dataset
-    eval: Dataset | None
+    train: Table
+    eval: Table | None
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
     folder: str | None = None
@@ -41,17 +47,49 @@ def picture_dataset(paths: Sequence[str], labels: Sequence[int] | Indices, class
     return _in_memory(table, features(classes))
 
 
-def take(dataset: Dataset, indices: Indices) -> Dataset:
+def take(dataset: Table, indices: Indices) -> Table:
     """The rows *indices* in that order; a table in memory is copied, which saves an index look-up at every access."""
+    if isinstance(dataset, StreamedRows):
+        return dataset.take(indices)
     if isinstance(dataset.data, InMemoryTable):
         return _in_memory(dataset.data.table.take(pa.array(indices)), dataset.features)
     return dataset.select(indices, keep_in_memory=True)
 
 
-def label_array(dataset: Dataset) -> Indices:
+def in_memory(dataset: Table, classes: Sequence[str]) -> Dataset:
+    """Few streamed rows with their pictures, to be used again and again; another dataset as it is."""
+    if not isinstance(dataset, StreamedRows):
+        return dataset
+    rows = [dataset[row] for row in range(len(dataset))]
+    columns = {name: [row[name] for row in rows] for name in ("image", "label")}
+    return _in_memory(pa.table(columns, schema=features(classes).arrow_schema), features(classes))
+
+
+def label_array(dataset: Table) -> Indices:
     """The labels `(N,)` of a dataset with a `label` column, images untouched."""
+    if isinstance(dataset, StreamedRows):
+        return dataset.labels.astype(np.int64)
     labels = dataset.select_columns(["label"]).with_format("arrow")[:].column("label")  # as numpy it takes 10x the time
     return np.asarray(labels.to_numpy(), dtype=np.int64)
+
+
+def spread(dataset: Table, count: int) -> Indices:
+    """Up to *count* rows, ascending and evenly spaced; in streamed data in few places, since each costs a read."""
+    if isinstance(dataset, StreamedRows):
+        return dataset.spread(count)
+    return np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(np.int64))
+
+
+def names_of(dataset: Table, rows: Sequence[int] | Indices) -> list[str]:
+    """The paths of the pictures in *rows* or, where they have none, ``row N``."""
+    if isinstance(dataset, StreamedRows):
+        paths = dataset.names(rows)
+    else:
+        paths, pictures = [], dataset.select_columns(["image"]).with_format("arrow")
+        for first in range(0, len(rows), AT_ONCE):
+            column = pictures[[int(row) for row in rows[first : first + AT_ONCE]]].column("image")
+            paths += pc.struct_field(column, "path").to_pylist()
+    return [path or f"row {row}" for path, row in zip(paths, rows, strict=True)]
 
 
 def _in_memory(table: pa.Table, columns: Features) -> Dataset:

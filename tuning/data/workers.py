@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 from torch.utils.data import DataLoader, Dataset
 
 T = TypeVar("T")
+LOOK_EVERY = 5.0  # seconds between a worker's looks at whether its training process lives
 
 _REMEDIES = {
     "SIGKILL": "Usually the machine or the job ran out of memory: lower --workers, or ask for more memory.",
@@ -93,14 +94,20 @@ def ignore_signals(_worker: int) -> None:
     if sys.platform == "linux":
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_on_request, daemon=True).start()
+        threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_on_request() -> None:
+def _end_with_parent() -> None:
+    """End when the training process asks for it, or is gone.
+
+    Torch's own loop looks for that only between messages: the rest of a large one, cut off by a kill, it awaits for
+    ever.
+    """
     parent = multiprocessing.parent_process()
     assert sys.platform == "linux"
     while parent is not None:
-        if signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent.pid:
+        sent = signal.sigtimedwait({signal.SIGTERM}, LOOK_EVERY)
+        if os.getppid() != parent.pid or (sent is not None and sent.si_pid == parent.pid):
             os._exit(0)
 
 

@@ -25,3 +25,8 @@ class DataFlags:
     """Use at most this many training images."""
     limit_eval: Optional[int] = None
     """Use at most this many evaluation images."""
+    streaming: bool = False
+    """Read parquet shards where they lie, a row group at a time: for data beyond one disk. --data may then also be a
+    pattern or a URL that fsspec opens (docs/streaming.md)."""
+    shuffle_gb: float = 2.0
+    """10^9 bytes of encoded pictures that --streaming shuffles at a time, over all processes together."""

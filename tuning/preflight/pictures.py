@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import imagehash
 import numpy as np
-from datasets import Dataset as Table
 from PIL import Image, JpegImagePlugin
 from torch.utils.data import Dataset
 
 from tuning.data.images import UnreadableImage, decode
+from tuning.data.streamed import StreamedRows
+from tuning.data.tables import Table
 from tuning.data.workers import WorkerLoader
 
 CHUNK = 64  # pictures a worker hands over at a time
@@ -166,7 +167,10 @@ def examine_all(
     Args:
         progress: told how many more are done.
     """
-    chunks = [list(numbers[first : first + CHUNK]) for first in range(0, len(numbers), CHUNK)]
+    if isinstance(table, StreamedRows):  # a row group a chunk, so that none is read twice
+        chunks = [part.tolist() for part in table.by_block(numbers)]
+    else:
+        chunks = [list(numbers[first : first + CHUNK]) for first in range(0, len(numbers), CHUNK)]
     loader = WorkerLoader(_Chunks(table, image_size, in_full), chunks, workers, keep=False, pin=False)
     for facts in loader:
         progress(len(facts))

@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from tuning.data.sources import Data
+from tuning.data.streamed import StreamedRows
+from tuning.data.tables import Table
 from tuning.preflight.pictures import Facts, examine_all
 from tuning.preflight.suspects import Split
 from tuning.session import cpu_cores
@@ -36,7 +38,7 @@ def read_pictures(
         progress: told how many of how many pictures of this process are done.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    shares = {"train": range(rank, len(data.train), world), "eval": range(rank, len(data.eval), world)}
+    shares = {"train": _share(data.train, rank, world), "eval": _share(data.eval, rank, world)}
     total, done = sum(map(len, shares.values())), 0
 
     def count(more: int) -> None:
@@ -52,6 +54,13 @@ def read_pictures(
         mine = examine_all(table, rows, image_size=image_size, in_full=in_full, workers=processes, progress=count)
         found[split] = sorted(gather_object(list(mine)))
     return found
+
+
+def _share(rows: Table, rank: int, world: int) -> range:
+    """Rows for one process: every so many; of streamed rows those that lie together."""
+    if not isinstance(rows, StreamedRows):
+        return range(rank, len(rows), world)
+    return range(len(rows) * rank // world, len(rows) * (rank + 1) // world)
 
 
 def _workers(asked: int | Literal["auto"], pictures: int, in_full: bool) -> int:

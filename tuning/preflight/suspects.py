@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 
 from tuning.data.folders import shorten
-from tuning.data.sources import Data, image_name
-from tuning.data.tables import label_array
+from tuning.data.sources import Data
+from tuning.data.tables import label_array, names_of
 from tuning.preflight.duplicates import Seen, near_pairs, same_files
 from tuning.preflight.findings import Finding, Severity
 from tuning.preflight.pictures import Facts
@@ -75,7 +75,7 @@ class _Named:
         return Finding(kind, severity, message, self.name(split, row), split, row, label, names)
 
     def name(self, split: str, row: int) -> str:
-        return image_name((self._data.train if split == "train" else self._data.eval)[row], row)
+        return names_of(self._data.train if split == "train" else self._data.eval, [row])[0]
 
 
 def _one(named: _Named, split: Split, facts: Facts, limits: Limits) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tuning.clipping import Clip
 from tuning.data.loader import EvalFeed, Feed
 from tuning.data.sources import Data
-from tuning.data.tables import label_array, take
+from tuning.data.tables import label_array, spread, take
 from tuning.engine import train_steps
 from tuning.entering import Entered
 from tuning.feeds import plain_feed
@@ -191,8 +191,7 @@ def uniform_loss(data: Data, loss: Loss) -> Callable[[list[int]], float]:
 
 def some_pictures(accelerator: Accelerator, data: Data, planned: StagePlan, info: ModelInfo, workers: int) -> EvalFeed:
     """Up to `STATISTICS_IMAGES` training pictures, evenly spread, as evaluation would see them."""
-    images = len(data.train)
-    chosen = np.unique(np.linspace(0, images - 1, min(images, STATISTICS_IMAGES)).astype(np.int64))
+    chosen = spread(data.train, STATISTICS_IMAGES)
     return plain_feed(accelerator, take(data.train, chosen), planned, info, workers)
 
 
