@@ -110,6 +110,7 @@ def recipe(folder: Path, name: str, *flags: str) -> Finished:
     return run_ranks(1, recipe_here, folder, name, *flags)[0]  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_the_finder_sweeps_streamed_shards(shards: Path, tmp_path: Path) -> None:
     flags = ("--data", str(shards), *STREAM, *SMALL, "--finder-steps", "15", "--finder-sweeps", "2")
     done = recipe(tmp_path, "find_lr", *flags, "--finder-race", "10", "--workers", "0", "--output", "lr")
@@ -120,6 +121,7 @@ def test_the_finder_sweeps_streamed_shards(shards: Path, tmp_path: Path) -> None
     assert len(written) > 20
 
 
+@pytest.mark.slow
 def test_recipes_after_a_run_take_its_streaming_over(finished: Path, shards: Path, tmp_path: Path) -> None:
     done = recipe(tmp_path, "evaluate", "--run", str(finished), "--output", "judged")
     assert done.returncode == 0, done.stderr
