@@ -67,7 +67,8 @@ def really(micro: int, megabytes: int | None) -> tuple[list[int], list[float], d
 
 @pytest.mark.slow  # and alone: a process that has trained before has memory to spare, which no limit takes away
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as Linux does it")
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
 def test_the_allocator_fails(world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "keep_freed_memory", lambda: None)  # it takes more at once than is limited here
     ranks = run_ranks(world, really, SHARE, 90)

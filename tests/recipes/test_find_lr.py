@@ -77,6 +77,7 @@ def test_two_processes_write_one_run(coloured: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "two/summary.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_no_confident_answer_is_said_and_is_no_failure(coloured: Path, tmp_path: Path) -> None:
     """Learning rates at which nothing moves."""
     flags = ("--data", str(coloured), *SMALL, *SHORT, "--tracker", "none", "--output", "run")

@@ -121,6 +121,7 @@ def test_without_an_answer_the_default_is_kept_and_said(coloured: Path, finetune
     assert not any("lr_finder/chosen" in r for r in found(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_each_stage_may_search(coloured: Path, finetune: Run, tmp_path: Path) -> None:
     twice = ("--finder-at", "stages", "--unfreeze", "gradual", "--tracker", "none", "--output", "run")
     done = finetune("--data", str(coloured), *SMALL, *HOW, *SEARCH, *twice)

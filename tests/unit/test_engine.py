@@ -15,6 +15,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from datasets import Dataset
 from plain_stages import plain_stage as stage
 from torch import Tensor, nn
 
@@ -58,7 +59,7 @@ def enter(accelerator: Accelerator, model: nn.Module, chosen: Stage, micro: int)
 
 def counter(folder: Path, limit: int) -> NumericalFaults:
     rows = [{"image": {"bytes": None, "path": f"{row}.jpg"}} for row in range(IMAGES)]
-    return NumericalFaults(limit, folder, rows, writes=True)  # type: ignore[arg-type]
+    return NumericalFaults(limit, folder, Dataset.from_list(rows), writes=True)
 
 
 def train(model: nn.Module, chosen: Stage, micro: int, clip_norm: float = 0.0) -> list[Step]:

@@ -123,6 +123,7 @@ class Launched:
             for process in family:
                 if process.is_running():
                     process.kill()
+            psutil.wait_procs(family[1:], timeout=5)  # the kernel takes a moment
         self._process.wait()
 
     def ended(self, metric: str, pruned: bool = False) -> Ended:
