@@ -142,6 +142,17 @@ def refuse_without_effect(
     """Refuse a flag that was typed for nothing, rather than ignore it."""
     values, before = flat(flags), flat(default)
     typed = [key for key in values if values[key] != before[key]]
+    _refuse_of_others(flags, values, typed, stages, recipe)
+    if recipe in OPENING:
+        _check_opening(flags, typed, recipe)
+    _refuse_listed(values, typed, listed, where)
+    _refuse_idle(flags, values, typed, stages)
+
+
+def _refuse_of_others(
+    flags: Flags, values: Mapping[str, Any], typed: Sequence[str], stages: Sequence[Stage], recipe: str
+) -> None:
+    """Flags that belong to another recipe."""
     for key in typed:
         if key not in USED.get(recipe, (key,)):
             flag = key.replace("_", "-")
@@ -150,8 +161,10 @@ def refuse_without_effect(
         if recipe.startswith("recipes/") and recipe not in owners:
             flag, owner = key.replace("_", "-"), " and ".join(owners)
             raise UserError(f"--{flag} {_said(values[key])} is for {owner} and has no effect in {recipe}. Drop it.")
-    if recipe in OPENING:
-        _check_opening(flags, typed, recipe)
+
+
+def _refuse_listed(values: Mapping[str, Any], typed: Sequence[str], listed: list[Any] | None, where: str) -> None:
+    """Flags that the stages of a file set themselves."""
     if listed is not None:
         own = {as_key(key) for stage in listed for key in stage} | set(ONLY_WITHOUT_STAGES)
         for key in typed:
@@ -161,6 +174,10 @@ def refuse_without_effect(
                     f"--{flag} {values[key]}: the stages listed in {where} set that themselves. Copy the file, edit "
                     "its stages and give it as --preset."
                 )
+
+
+def _refuse_idle(flags: Flags, values: Mapping[str, Any], typed: Sequence[str], stages: Sequence[Stage]) -> None:
+    """Flags that do nothing as the others are."""
     for key, (switch, allowed) in NEEDS.items():
         chosen = sorted({str(getattr(stage, switch, values[switch])) for stage in stages})
         if key in typed and not set(chosen) & set(allowed):

@@ -77,6 +77,20 @@ def _size(node: Any, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
+def named_file(name: str, folder: Path, flag: str) -> Path:
+    """The YAML file that *flag* means: a path, or the name of a file in *folder*.
+
+    Raises:
+        UserError: an unknown name; the nearest is named.
+    """
+    if Path(name).suffix in (".yaml", ".yml"):
+        return Path(name)
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise UserError(f"{flag} {name!r} is not known.{did_you_mean(name, names)} Known: {', '.join(names)}.")
+    return folder / f"{name}.yaml"
+
+
 def as_key(key: Any) -> str:
     """A key read from YAML as the name of a flag."""
     return (key if isinstance(key, str) else shown(key)).replace("-", "_")

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from tuning import interrupts, launcher
 from tuning.checks import check_flags, flat, refuse_without_effect
-from tuning.coerce import coerce, field_types, read_yaml, shown
+from tuning.coerce import coerce, field_types, named_file, read_yaml, shown
 from tuning.echoes import RESUME, ProcessLost, first_error
 from tuning.errors import UserError, did_you_mean
 from tuning.flags import Flags, OptimisationFlags
@@ -232,22 +232,13 @@ def _read_file(argv: Sequence[str], presets: Path, recipe: str) -> tuple[dict[st
     if given.config:
         return _load_yaml(Path(given.config), "--config")
     if given.preset:
-        return _load_yaml(_preset_path(given.preset, presets), "--preset")
+        return _load_yaml(named_file(given.preset, presets, "--preset"), "--preset")
     if recipe in OPENING:
         values, where = data_of_run(Path(given.run), given.data) if given.run else ({}, "")
         return values, None, where
     if given.data in (None, "demo"):
         return _load_yaml(presets / f"{DEMO_PRESET}.yaml", "--preset")
     return {}, None, ""
-
-
-def _preset_path(preset: str, presets: Path) -> Path:
-    if Path(preset).suffix in (".yaml", ".yml"):
-        return Path(preset)
-    names = sorted(path.stem for path in presets.glob("*.yaml"))
-    if preset not in names:
-        raise UserError(f"--preset {preset!r} is not known.{did_you_mean(preset, names)} Known: {', '.join(names)}.")
-    return presets / f"{preset}.yaml"
 
 
 def _load_yaml(path: Path, flag: str) -> tuple[dict[str, Any], list[Any] | None, str]:

@@ -71,7 +71,9 @@ def open_data(
     _check_numbers(val_fraction, limit_train, limit_eval)
     try:
         if streaming:
-            opened = _streamed(data, image_column, label_column, train_split, eval_split, shuffle_gb)
+            if data == DEMO:
+                raise UserError(f"--data {DEMO} is pictures in files, not parquet shards. {parquet.LEAVE_OUT}.")
+            opened = parquet.open_streamed(data, image_column, label_column, train_split, eval_split, shuffle_gb)
         else:
             opened = _open(data, image_column, label_column, train_split, eval_split)
     except OSError as error:
@@ -122,19 +124,6 @@ def _open(
         return _with_notes(pictures, _ignored(image_column, label_column, None, None))
     table = shards.open_shards(folder, image_column, label_column, train_split, eval_split)
     return table if table is not None else _nothing_found(folder, train_split, eval_split)
-
-
-def _streamed(
-    data: str,
-    image_column: str | None,
-    label_column: str | None,
-    train_split: str | None,
-    eval_split: str | None,
-    shuffle_gb: float,
-) -> Opened:
-    if data == DEMO:
-        raise UserError(f"--data {DEMO} is pictures in files, not parquet shards. {parquet.LEAVE_OUT}.")
-    return parquet.open_streamed(data, image_column, label_column, train_split, eval_split, shuffle_gb)
 
 
 def _ignored(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tuning.coerce import as_key, read_yaml, shown
+from tuning.coerce import as_key, named_file, read_yaml, shown
 from tuning.command_line import NOT_IN_CONFIG
 from tuning.errors import UserError, did_you_mean
 from tuning.flags import Flags
@@ -32,7 +32,7 @@ def read_space(space: str, folder: Path) -> Space:
     Raises:
         UserError: no such file, or something in it that can't be searched; names the nearest known word.
     """
-    path = _path(space, folder)
+    path = named_file(space, folder, "--space")
     content = read_yaml(path, f"--space {space}")
     where = str(path)
     _refuse_unknown(content, (*KEYS, *FOR_WANDB), where)
@@ -52,15 +52,6 @@ def read_space(space: str, folder: Path) -> Space:
         _stopper(content.get("early_terminate"), where),
         None if run_cap is None else _count(run_cap, f"{where}, run_cap"),
     )
-
-
-def _path(space: str, folder: Path) -> Path:
-    if Path(space).suffix in (".yaml", ".yml"):
-        return Path(space)
-    names = sorted(path.stem for path in folder.glob("*.yaml"))
-    if space not in names:
-        raise UserError(f"--space {space!r} is not known.{did_you_mean(space, names)} Known: {', '.join(names)}.")
-    return folder / f"{space}.yaml"
 
 
 def _metric(metric: Any, where: str) -> str:
