@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import errno
-import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tuning import interrupts, launcher
 from tuning.checks import check_flags, flat, refuse_without_effect
 from tuning.coerce import coerce, field_types, named_file, read_yaml, shown
-from tuning.echoes import RESUME, ProcessLost, first_error
+from tuning.echoes import RESUME, ProcessLost
+from tuning.ending import explained, rank, recorded, report, say, say_stopped
 from tuning.errors import UserError, did_you_mean
 from tuning.flags import Flags, OptimisationFlags
 from tuning.run_defaults import OPENING, data_of_run
@@ -84,83 +84,17 @@ def run_recipe(recipe: Recipe, name: str, presets: Path) -> NoReturn:
         if command.flags.run.print_config:
             print(command.config, end="")
         else:
-            _recorded(_explained(recipe))(command)
+            recorded(explained(partial(recipe, command), command.flags.run.output))()
     except UserError as error:
-        _report(error)
+        report(error)
         sys.exit(2)
     except ProcessLost as error:
-        _say(f"error (process {_rank()}): {error}")
+        say(f"error (process {rank()}): {error}")
         sys.exit(1)
     except KeyboardInterrupt as error:
-        _say_stopped(error, "Start it again." if name in OPENING else RESUME)
+        say_stopped(error, "Start it again." if name in OPENING else RESUME)
         sys.exit(0 if launcher.restarts() else 75)
     sys.exit(0)
-
-
-def _explained(recipe: Recipe) -> Recipe:
-    """Say which process is at fault when another one is, and what to do when the machine refuses to write."""
-
-    @functools.wraps(recipe)
-    def explained(command: Command) -> None:
-        try:
-            with first_error():
-                recipe(command)
-        except OSError as error:
-            remedy = _remedy(error, command.flags.run.output)
-            if remedy is None:
-                raise
-            raise UserError(f"{error.filename or 'a file'}: {error.strerror}. {remedy}") from error
-
-    return explained
-
-
-def _remedy(error: OSError, output: str | None) -> str | None:
-    """What the user can do about *error*; None when it is a defect."""
-    name, inside = errno.errorcode.get(error.errno or 0, ""), _is_inside(str(error.filename or ""), output or "runs")
-    if name in ("ENOSPC", "EDQUOT"):
-        return f"Free some space; then {RESUME}"
-    if name in ("EROFS", "EACCES", "EPERM"):
-        choice = "Make it writable for this user, or choose another --output" if inside else "Give this user the right"
-        return f"{choice}; {RESUME}"
-    if name == "ENOENT" and inside:
-        return "It was there before: the folder of the run was moved or deleted while the run wrote to it."
-    return None
-
-
-def _is_inside(path: str, folder: str) -> bool:
-    return bool(path) and Path(path).resolve().is_relative_to(Path(folder).resolve())
-
-
-def _recorded(recipe: Recipe) -> Recipe:
-    """Under a launcher, hand the true error of this rank to it: its closing lines show that one."""
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return recipe
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    return record(recipe)  # type: ignore[return-value]
-
-
-def _report(error: UserError) -> None:
-    """Print once: rank 0 at once; the others wait, because a launcher ends them when rank 0 has ended."""
-    if _rank() and launcher.ends_us_within(5):
-        return
-    where = f" (process {_rank()})" if _rank() else ""
-    _say(f"error{where}: {error}")
-
-
-def _say_stopped(error: KeyboardInterrupt, remedy: str) -> None:
-    """All processes stop together, so rank 0 speaks for them."""
-    reason = str(error) or "Ctrl-C"
-    if _rank() == 0:
-        _say(f"stopped on {reason}; {remedy}")
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def parse_command(argv: Sequence[str], name: str, description: str, presets: Path) -> Command:

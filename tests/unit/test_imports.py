@@ -22,7 +22,17 @@ LAYER_0 += (
     "interrupts",
     "checks",
 )
-LAYER_0 += ("launcher", "heartbeat", "echoes", "preflight.findings", "lr_curve", "lr_race", "lr_ranges", "manifest")
+LAYER_0 += (
+    "launcher",
+    "heartbeat",
+    "echoes",
+    "ending",
+    "preflight.findings",
+    "lr_curve",
+    "lr_race",
+    "lr_ranges",
+    "manifest",
+)
 LAYER_0 += ("run_defaults", "outputs", "exporting.preprocessing", "plain_command")
 LAYER_0 += tuple(f"flags.{p.stem}" for p in (ROOT / "tuning/flags").glob("*.py") if p.stem != "__init__")
 LAYER_0 += ("kept_predictions", "analysis.mistakes", "comparison.paired", "comparison.runs")
