@@ -75,7 +75,7 @@ def check(command: Command) -> None:
     limits = suspects.Limits(asked.min_side, asked.max_aspect, asked.max_megapixels, asked.near_bits)
     findings = [
         *suspects.picture_findings(data, pictures, limits),
-        *suspects.class_findings(data, flags.regularisation.class_weights == "balanced"),
+        *suspects.class_findings(data, suspects.is_balanced(flags.regularisation.class_weights, command.stages)),
         *suspects.size_findings(pictures, info.input_size),
         *verdict.schedule_findings(plan),
         *(Finding("data", "note", note) for note in data.notes),

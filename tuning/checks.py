@@ -196,6 +196,25 @@ def _refuse_idle(flags: Flags, values: Mapping[str, Any], typed: Sequence[str], 
             )
 
 
+def refuse_sampling(stage: Stage, flags: Flags) -> None:
+    """Refuse to correct for the numbers of images twice, or to draw at will from what is read in blocks.
+
+    Raises:
+        UserError: names the stage and the remedy.
+    """
+    asked = f"stage {stage.name!r}: --sampling {stage.sampling}"
+    if stage.sampling != "shuffle" and flags.regularisation.class_weights != "none":
+        raise UserError(
+            f"{asked} shows rare classes more often, and --class-weights {flags.regularisation.class_weights} counts "
+            "them more in the loss: together they would count twice. Leave one of the two out."
+        )
+    if stage.sampling != "shuffle" and flags.data.streaming:
+        raise UserError(
+            f"{asked} takes single images from anywhere in the data, while --streaming reads whole row groups, each "
+            "once an epoch. Use --class-weights balanced, or leave --streaming out."
+        )
+
+
 def _said(value: Any) -> str:
     """A value as it was typed."""
     return " ".join(value) if isinstance(value, tuple) else str(value)

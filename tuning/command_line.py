@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tuning import interrupts, launcher
-from tuning.checks import check_flags, flat, refuse_without_effect
+from tuning.checks import check_flags, flat, refuse_sampling, refuse_without_effect
 from tuning.coerce import coerce, field_types, named_file, read_yaml, shown
 from tuning.echoes import RESUME, ProcessLost
 from tuning.ending import explained, rank, recorded, report, say, say_stopped
@@ -220,6 +220,7 @@ def resolve_stages(flags: Flags, listed: list[Any] | None = None, where: str = "
         stages = standard_stages(base, staging.freeze_epochs, staging.freeze_lr, staging.unfreeze)
     for stage in stages:
         check_stage(stage)
+        refuse_sampling(stage, flags)
         if stage.batch_norm == "frozen" and flags.model.weights == "none":
             raise UserError(
                 f"stage {stage.name!r}: --batch-norm frozen with --weights none: there are no statistics to keep. "

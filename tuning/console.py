@@ -19,6 +19,7 @@ from rich.table import Table
 from tuning import sharding
 from tuning.data.sources import Data
 from tuning.data.tables import label_array
+from tuning.imbalance import class_sentence, sampling_sentences
 from tuning.lr_finder import Found
 from tuning.models import ModelInfo
 from tuning.plan import StagePlan
@@ -26,7 +27,6 @@ from tuning.resuming import Start
 from tuning.run_folder import RunFolder
 from tuning.session import precision_name
 
-CLASSES_SHOWN = 8
 LOG_WIDTH = 140  # of tables in a log file, characters
 STAGE_HEADINGS = ("stage", "open", "parameters", "epochs", "steps", "batch", "pixels", "LR stem .. head", "how")
 
@@ -192,9 +192,11 @@ def plan_facts(
 ) -> list[tuple[str, str]]:
     """What a run is, in named sentences."""
     pixels = sorted({planned.image_size for planned in plan})
+    counts = np.bincount(label_array(data.train), minlength=len(data.classes))
     return [
         ("data", f"{data.name}: {len(data.train):,} training and {len(data.eval):,} evaluation images"),
-        ("classes", _class_counts(data)),
+        ("classes", class_sentence(data.classes, counts)),
+        *(("sampling", told) for told in sampling_sentences(data.classes, counts, [p.stage for p in plan])),
         ("model", f"{info.name}, {sum(g.parameters for g in plan[0].groups):,} parameters; {info.weights}"),
         ("input", f"{', '.join(map(str, pixels))} pixels, mean {info.mean}, std {info.std}, {info.interpolation}"),
         (
@@ -229,15 +231,6 @@ def stage_rows(plan: Sequence[StagePlan]) -> list[tuple[str, ...]]:
             )
         )
     return rows
-
-
-def _class_counts(data: Data) -> str:
-    counts = np.bincount(label_array(data.train), minlength=len(data.classes))
-    shown = ", ".join(
-        f"{name} {count:,}" for name, count in list(zip(data.classes, counts, strict=True))[:CLASSES_SHOWN]
-    )
-    more = f", ... (smallest {counts.min():,}, largest {counts.max():,})" if len(data.classes) > CLASSES_SHOWN else ""
-    return f"{len(data.classes)}: {shown}{more}"
 
 
 def shown_path(path: Path) -> str:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from tuning.data.broken import Unreadable
+from tuning.data.class_sampling import sampled_order
 from tuning.data.loader import EvalFeed, FeatureFeed, Feed, TrainFeed
 from tuning.data.local_order import train_order
 from tuning.data.mixing import Mixing
@@ -64,6 +65,8 @@ def stage_feeds(
     evaluation = plain_feed(accelerator, data.eval, planned, info, workers, unreadable.evaluation)
     blocks = data.train.blocks if isinstance(data.train, StreamedRows) else None
     order = train_order(len(data.train), seed, planned.batch, rank, blocks)
+    if stage.sampling != "shuffle":
+        order = sampled_order(label_array(data.train), stage.sampling, seed, planned.batch, rank)
     if stage.cache_features:
         pictures = plain_feed(accelerator, data.train, planned, info, workers, unreadable.train)
         train_features = compute_features(accelerator, entered.model, pictures)

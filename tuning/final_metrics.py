@@ -32,7 +32,7 @@ def final_metrics(logits: Tensor, labels: Tensor) -> dict[str, float | None]:
     """``top1``, ``top5`` (more than five classes), ``balanced_accuracy``, ``macro_f1``, ``loss``, ``ece``.
 
     For two classes also ``roc_auc`` and ``average_precision`` of the second class; None where only one occurs in
-    *labels*. Macro F1 is the mean over the classes that occur in labels or predictions, as in scikit-learn. ECE is the
+    *labels*. ECE is the
     expected calibration error over 15 equal bins of confidence (Naeini et al. 2015; Guo et al. 2017).
 
     Args:
@@ -42,7 +42,6 @@ def final_metrics(logits: Tensor, labels: Tensor) -> dict[str, float | None]:
     classes = logits.shape[1]
     losses, ranked = cross_entropy()(logits, labels), rank_classes(logits)
     metrics: dict[str, float | None] = dict(classification_metrics(ranked, labels, losses, classes))
-    metrics["macro_f1"] = float(multiclass_f1_score(ranked[:, 0], labels, classes, average="macro"))
     metrics["ece"] = calibration_error(logits, labels)
     if classes == 2:
         scores, both = probabilities(logits)[:, 1], len(set(labels.tolist())) == 2

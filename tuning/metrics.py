@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix, multiclass_f1_score
 
 TOP_K = 5
 
 
 def classification_metrics(ranked: Tensor, labels: Tensor, losses: Tensor, classes: int) -> dict[str, float]:
-    """``top1``, ``top5`` (with more than five classes), ``balanced_accuracy`` and ``loss``, all as fractions.
+    """``top1``, ``top5`` (with more than five classes), ``balanced_accuracy``, ``macro_f1`` and ``loss``, as fractions.
 
     Balanced accuracy is the mean recall over the classes that occur in *labels* (Brodersen et al. 2010), as in
-    scikit-learn.
+    scikit-learn; macro F1 the mean over the classes that occur in labels or predictions, as there.
 
     Args:
         ranked: the most probable classes of each image, best first, ``(N, k)`` int64 with k = min(5, classes).
@@ -27,6 +27,7 @@ def classification_metrics(ranked: Tensor, labels: Tensor, losses: Tensor, class
     metrics = {
         "top1": float(multiclass_accuracy(ranked[:, 0], labels, num_classes=classes, average="micro")),
         "balanced_accuracy": float(recall.mean()),
+        "macro_f1": float(multiclass_f1_score(ranked[:, 0], labels, classes, average="macro")),
         "loss": float(losses.double().mean()),
     }
     if classes > TOP_K:

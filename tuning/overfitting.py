@@ -32,7 +32,7 @@ from tuning.suspects import Picture, Suspect
 SMALL_BATCH = 16  # pictures
 OFF = (
     "augmentation, flips, mixup, cutmix, dropout, drop path, --loss (plain cross-entropy), label smoothing, class "
-    "weights, weight decay, averaged weights, fitted head, warm-up and schedule"
+    "weights, sampling, weight decay, averaged weights, fitted head, warm-up and schedule"
 )
 # Where timm keeps rates outside of torch's dropout modules: paths and blocks, patches, models that call F.dropout.
 RATES = ("drop_prob", "prob", "drop_rate", "attn_drop_p", "drop")
@@ -86,6 +86,7 @@ def small_plan(
         augment="none",
         mixup=0.0,
         cutmix=0.0,
+        sampling="shuffle",
         cache_features=False,
     )
     (planned,) = make_plan(

@@ -47,7 +47,7 @@ def draw_curves(metrics: Path, path: Path) -> None:
     records = read_records(metrics)
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     _panel(axes[0, 0], records, ["train/loss", "eval/loss", "eval_ema/loss"], "loss")
-    judged = ["eval/top1", "eval/balanced_accuracy", "eval/top5", "eval_ema/balanced_accuracy"]
+    judged = ["eval/top1", "eval/balanced_accuracy", "eval/macro_f1", "eval/top5", "eval_ema/balanced_accuracy"]
     _panel(axes[0, 1], records, judged, "evaluation, fraction")
     _panel(axes[1, 0], records, ["train/grad_norm"], "gradient norm before clipping")
     lrs = sorted({key for record in records for key in record if key.startswith("lr/")})

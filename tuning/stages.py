@@ -12,7 +12,7 @@ from typing import Any, Literal
 from tuning import schedules
 from tuning.coerce import as_key, coerce, field_types, shown
 from tuning.errors import UserError, did_you_mean
-from tuning.flags import ScheduleName
+from tuning.flags import SamplingName, ScheduleName
 
 GRADUAL_PARTS = 4
 MOST_LAYERS = 10**6
@@ -35,6 +35,7 @@ class Stage:
         cache_features: compute the input of the head once; for ``open: head`` only.
         find_lr: `lr` is kept only if the LR finder has no confident answer (``lr: auto``).
         mixup, cutmix: alpha, 0 = off; pictures alone are mixed, no cached features.
+        sampling: how often an epoch takes the images of a class.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Stage:
     find_lr: bool = False
     mixup: float = 0.0
     cutmix: float = 0.0
+    sampling: SamplingName = "shuffle"
 
     @property
     def mixes(self) -> bool:

@@ -16,7 +16,7 @@ from tuning.records import number, read_records
 from tuning.run_folder import RunFolder, git_commit
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "datasets", "wandb")
-HIGHER_IS_BETTER = {"top1": True, "balanced_accuracy": True, "loss": False}
+HIGHER_IS_BETTER = {"top1": True, "balanced_accuracy": True, "macro_f1": True, "loss": False}
 
 
 def better(value: float, best: float | None, metric: str) -> bool:

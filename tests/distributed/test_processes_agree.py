@@ -110,6 +110,25 @@ def test_cached_features_agree(photos: Path) -> None:
     assert first.metrics[0]["top1"] == alone.metrics[0]["top1"]
 
 
+def test_sampled_classes_agree(photos: Path) -> None:
+    """On cached features first, then on pictures."""
+    argv = ("--data", str(photos), *MODEL, "--freeze-epochs", "1", "--epochs", "1", "--cache-features")
+    argv += ("--batch-size", "8", "--augment", "medium", "--optimizer", "sgd", "--lr", "0.05")
+    (plain,) = run_ranks(1, run_stages, *argv)
+    argv += ("--sampling", "balanced")
+    (alone,) = run_ranks(1, run_stages, *argv)
+    first, second = run_ranks(2, run_stages, *argv)
+    for after_one, on_first, on_second in zip(alone.states, first.states, second.states, strict=True):
+        assert largest_difference(on_first, on_second) == 0
+        assert largest_difference(on_first, after_one) < 1e-5
+    assert first.losses == second.losses
+    assert first.losses == pytest.approx(alone.losses, abs=1e-5)
+    assert first.metrics == second.metrics
+    assert len(plain.losses) == len(alone.losses)
+    assert plain.losses[:5] != pytest.approx(alone.losses[:5], abs=1e-3), "nothing was sampled of the features"
+    assert plain.losses[5:] != pytest.approx(alone.losses[5:], abs=1e-3), "nothing was sampled of the pictures"
+
+
 def test_statistics_agree_when_a_run_stops_inside_an_epoch(photos: Path, tmp_path: Path) -> None:
     """BatchNorm in training mode, stopped after three of five steps: the mean of the ranks is judged and saved."""
     model = ("--model", "test_efficientnet", "--weights", "none", "--image-size", "32", "--freeze-epochs", "0")

@@ -17,6 +17,7 @@ LAYER_0 += (
     "summary",
     "data.sampling",
     "data.local_order",
+    "data.class_sampling",
     "data.splits",
     "records",
     "interrupts",
@@ -35,7 +36,7 @@ LAYER_0 += (
 )
 LAYER_0 += ("run_defaults", "outputs", "exporting.preprocessing", "plain_command")
 LAYER_0 += tuple(f"flags.{p.stem}" for p in (ROOT / "tuning/flags").glob("*.py") if p.stem != "__init__")
-LAYER_0 += ("kept_predictions", "analysis.mistakes", "comparison.paired", "comparison.runs")
+LAYER_0 += ("imbalance", "kept_predictions", "analysis.mistakes", "comparison.paired", "comparison.runs")
 LAYER_0 += tuple(
     f"searching.{name}" for name in ("spaces", "space_files", "commands", "launching", "studies", "results", "starting")
 )

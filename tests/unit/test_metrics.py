@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, top_k_accuracy_score
 
 from tuning.metrics import classification_metrics, rank_classes
 
@@ -30,6 +30,7 @@ def test_like_scikit_learn(images: int, classes: int, absent: tuple[int, ...]) -
     predicted = logits.argmax(dim=1)
     assert metrics["top1"] == pytest.approx(accuracy_score(labels, predicted))
     assert metrics["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
+    assert metrics["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
     assert metrics["loss"] == pytest.approx(losses.double().mean().item())
     assert ("top5" in metrics) == (classes > 5)
     if classes > 5:

@@ -12,10 +12,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from pictures import encode, noise
 from PIL import Image as Pil
 
+from tuning.command_line import resolve_stages
 from tuning.data.sources import Data, open_data
+from tuning.flags import Flags, RegularisationFlags
 from tuning.preflight.findings import Finding, in_order
 from tuning.preflight.pictures import Facts, examine_all
-from tuning.preflight.suspects import Limits, Split, class_findings, picture_findings, size_findings
+from tuning.preflight.suspects import Limits, Split, class_findings, is_balanced, picture_findings, size_findings
 
 LIMITS = Limits(min_side=16, max_aspect=4.0, max_megapixels=1.0, near_bits=4)
 TABLE = {"image_column": None, "label_column": None, "train_split": None, "eval_split": None}
@@ -176,6 +178,10 @@ def test_class_counts() -> None:
     assert list(of_classes([10, 12, 30], [1, 1, 1])) == [("note", "imbalance")]
     assert list(of_classes([10, 12, 200], [1, 1, 1])) == [("warning", "imbalance")]
     assert list(of_classes([10, 12, 200], [1, 1, 1], balanced=True)) == [("note", "imbalance")]
+    plain, sampled = (
+        resolve_stages(Flags(regularisation=RegularisationFlags(sampling=s))) for s in ("shuffle", "sqrt")
+    )
+    assert [is_balanced(*asked) for asked in (("none", plain), ("none", sampled), ("balanced", plain))] == [0, 1, 1]
     assert list(of_classes([4, 5, 6], [1, 1, 1])) == [("warning", "few_images")]
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pictures import noise
-from sklearn.metrics import average_precision_score, precision_recall_curve
+from sklearn.metrics import average_precision_score, precision_recall_curve, precision_recall_fscore_support
 
-from tuning.analysis import drawing, overview, report
-from tuning.analysis.card import CLASS_ROWS, data_facts, sizes
+from tuning.analysis import drawing, mistakes, overview, report
+from tuning.analysis.card import CLASS_ROWS, class_rows, data_facts, sizes
 from tuning.analysis.charts import charts
 from tuning.analysis.overview import CASES, CLASSES_DRAWN, CURVE_POINTS, CURVES_DRAWN, PAIRS, Overview, look_at
 from tuning.data.sources import Data
@@ -101,6 +101,8 @@ def test_the_page_stands_alone_and_takes_no_name_for_markup(tmp_path: Path) -> N
     assert page.count("data:image/png") == 2, "confusion matrix and precision over recall"
     assert (tmp_path / "run/plots/mistakes.png").exists()
     assert 'class="none"' in page, "a picture that can't be read"
+    assert '<th class="n">F1</th></tr>' in page
+    assert f'<td class="n">{100 * seen.counts.f1(0):.1f} %</td></tr>' in page
     for part in (
         "&lt;i&gt;model",
         "a &lt;note&gt;",
@@ -112,6 +114,22 @@ def test_the_page_stands_alone_and_takes_no_name_for_markup(tmp_path: Path) -> N
         assert part in page, part
     assert "my &lt;photos&gt;" in page
     assert "1 of train" in page
+
+
+def test_precision_recall_and_f1_of_every_class(tmp_path: Path) -> None:
+    """Against scikit-learn; the same in W&B's table and in the rows of the page."""
+    data, seen = made(tmp_path, tuple("abcdef"))
+    labels = np.repeat(np.arange(6), seen.counts.images)
+    hits = zip(seen.counts.images, seen.counts.hits, strict=True)
+    taken = np.concatenate([[k] * hit + [(k + 1) % 6] * (count - hit) for k, (count, hit) in enumerate(hits)])
+    counts = mistakes.per_class(labels, taken, 7)
+    wanted = precision_recall_fscore_support(labels, taken, labels=range(6))
+    found = [(counts.precision(k), counts.recall(k), counts.f1(k), counts.images[k]) for k in range(6)]
+    assert np.array(found) == pytest.approx(np.array(wanted).T)
+    assert (counts.precision(6), counts.recall(6), counts.f1(6)) == (None, None, None)
+    (table,) = [one for one in charts(seen) if one.name == "analysis/classes"]
+    assert [row[0] for row in table.rows] == list("abcdef")
+    assert table.rows[0][4] == seen.counts.f1(0) == class_rows(data, seen.counts)[0].f1
 
 
 def test_a_thousand_classes_stay_readable(tmp_path: Path) -> None:
@@ -148,7 +166,9 @@ def test_a_model_without_mistakes(tmp_path: Path) -> None:
     assert "There are none" in page
     assert "None was found" in page
     assert not (tmp_path / "run/plots/mistakes.png").exists()
-    assert [chart.name for chart in charts(seen)] == ["analysis/confusion", "analysis/precision_recall"]
+    assert [chart.name for chart in charts(seen)] == [
+        *("analysis/confusion", "analysis/precision_recall", "analysis/classes")
+    ]
 
 
 def test_one_class_among_the_evaluated(tmp_path: Path) -> None:
@@ -189,7 +209,7 @@ def test_tables_for_the_tracker(tmp_path: Path) -> None:
     made_charts = {chart.name: chart for chart in charts(seen)}
     assert set(made_charts) == {
         *("analysis/mistakes", "analysis/label_errors", "analysis/confused_pairs"),
-        *("analysis/confusion", "analysis/precision_recall"),
+        *("analysis/confusion", "analysis/precision_recall", "analysis/classes"),
     }
     for chart in made_charts.values():
         assert {len(row) for row in chart.rows} == {len(chart.columns)}

@@ -26,6 +26,7 @@ class ClassRow:
     judged: int
     recall: float | None
     precision: float | None
+    f1: float | None
 
 
 def class_rows(data: Data, counts: PerClass | None) -> list[ClassRow]:
@@ -38,6 +39,7 @@ def class_rows(data: Data, counts: PerClass | None) -> list[ClassRow]:
             judged[index],
             counts.recall(index) if counts else None,
             counts.precision(index) if counts else None,
+            counts.f1(index) if counts else None,
         )
         for index, name in enumerate(data.classes)
     ]

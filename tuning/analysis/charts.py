@@ -30,7 +30,7 @@ class Chart:
 
 
 def charts(overview: Overview | None) -> list[Chart]:
-    """Worst mistakes, likely label errors, most confused pairs, confusion matrix and precision-recall curves."""
+    """Classes, worst mistakes, likely label errors, confused pairs, confusion matrix and precision-recall curves."""
     if overview is None:
         return []
     names = overview.classes
@@ -41,6 +41,7 @@ def charts(overview: Overview | None) -> list[Chart]:
         Chart("analysis/confused_pairs", ("label", "predicted", "images", "share of the label"), pairs),
         *([_confusion(overview)] if overview.drawn else []),
         _precision_recall(overview),
+        _classes(overview),
     ]
     return [table for table in tables if table.rows]
 
@@ -59,6 +60,15 @@ def _cases(name: str, cases: Sequence[Case], classes: Sequence[str], second: str
         for one in cases
     ]
     return Chart(name, ("picture", "id", "label", second, "probability of the label", f"probability {second}"), rows)
+
+
+def _classes(overview: Overview) -> Chart:
+    counts = overview.counts
+    rows = [
+        [name, int(counts.images[n]), counts.recall(n), counts.precision(n), counts.f1(n)]
+        for n, name in enumerate(overview.classes)
+    ]
+    return Chart("analysis/classes", ("class", "images", "recall", "precision", "F1"), rows)
 
 
 def _confusion(overview: Overview) -> Chart:

@@ -51,6 +51,11 @@ class PerClass(NamedTuple):
         """Share of the images taken for a class that belong to it; None where none is."""
         return float(self.hits[index] / self.predicted[index]) if self.predicted[index] else None
 
+    def f1(self, index: int) -> float | None:
+        """Harmonic mean of recall and precision; None where neither an image nor a prediction is of the class."""
+        both = self.images[index] + self.predicted[index]
+        return float(2 * self.hits[index] / both) if both else None
+
 
 def per_class(labels: Indices, predicted: Indices, classes: int) -> PerClass:
     """Counts from which recall and precision of every class follow."""

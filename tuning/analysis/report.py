@@ -26,7 +26,15 @@ PLOTS = {
     "schedule": "planned learning rate of every group over the optimizer steps",
     "lr_finder": "loss over the learning rate, as the LR finder measured it",
 }
-SHARES = ("top1", "top5", "balanced_accuracy")  # shown in per cent
+SHARES = ("top1", "top5", "balanced_accuracy", "macro_f1")  # shown in per cent
+
+WORDS = {
+    "balanced_accuracy": "balanced accuracy",
+    "top1": "accuracy (top 1)",
+    "top5": "top 5",
+    "macro_f1": "macro F1",
+    "loss": "loss",
+}
 
 
 @dataclass(frozen=True)
@@ -108,11 +116,10 @@ def _metric(name: str, value: float | None) -> str:
 
 def _tiles(summary: Mapping[str, Any], overview: Overview | None) -> list[dict[str, str]]:
     best, by = summary["best"] or {}, summary["best_by"]
-    names = [by, *(name for name in ("balanced_accuracy", "top1", "top5", "loss") if name != by and name in best)]
-    words = {"balanced_accuracy": "balanced accuracy", "top1": "accuracy (top 1)", "top5": "top 5", "loss": "loss"}
+    names = [by, *(name for name in WORDS if name != by and name in best)]
     chosen = f"best of the run, epoch {best.get('epoch') or 0:g}"
     tiles = [
-        {"name": words[name], "value": _metric(name, number(best.get(name))), "note": chosen if name == by else ""}
+        {"name": WORDS[name], "value": _metric(name, number(best.get(name))), "note": chosen if name == by else ""}
         for name in names
     ]
     if overview:
@@ -135,7 +142,7 @@ def _duration(seconds: float) -> str:
 
 def _evaluations(folder: RunFolder, summary: Mapping[str, Any]) -> dict[str, Any]:
     judged = evaluations(folder.metrics, summary["best_of"])
-    names = [name for name in ("balanced_accuracy", "top1", "top5", "loss") if any(name in one for one in judged)]
+    names = [name for name in WORDS if any(name in one for one in judged)]
     best = (summary["best"] or {}).get("step")
     before = [one for one in judged[:-EVALUATION_ROWS] if one["step"] == best]
     shown = [*before[:1], *judged[-EVALUATION_ROWS:]]

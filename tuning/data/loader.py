@@ -48,13 +48,15 @@ class Micro(NamedTuple):
 class Batch:
     """One micro-batch as a worker hands it over: ``images`` ``(B, 3, S, S)`` uint8, channels-last.
 
-    `gone` says why nothing in the data folder could be read.
+    `index` holds the rows; `draws` what seeds the draws of each picture (`Item.draw`). `gone` says why
+    nothing in the data folder could be read.
     """
 
     images: Tensor
     labels: Tensor
     weights: Tensor
     index: Tensor
+    draws: Tensor
     epoch: int
     unreadable: list[Broken] = field(default_factory=list)
     gone: str | None = None
@@ -63,7 +65,7 @@ class Batch:
         """Called by torch's loader so that copies to a GPU don't wait."""
         tensors = (self.images, self.labels, self.weights, self.index)
         images, labels, weights, index = (tensor.pin_memory() for tensor in tensors)
-        return Batch(images, labels, weights, index, self.epoch, self.unreadable, self.gone)
+        return Batch(images, labels, weights, index, self.draws, self.epoch, self.unreadable, self.gone)
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,9 @@ class Pictures(Dataset[Batch]):
             else:
                 images[place] = picture.permute(1, 2, 0)
         index = torch.tensor([item.row for item in items])
+        draws = torch.tensor([item.draw for item in items])
         gone = why_gone(self.folder) if unreadable and self.folder else None
-        return Batch(images.permute(0, 3, 1, 2), labels, weights, index, items[0].epoch, unreadable, gone)
+        return Batch(images.permute(0, 3, 1, 2), labels, weights, index, draws, items[0].epoch, unreadable, gone)
 
     def _read(self, item: Item, unreadable: list[Broken]) -> tuple[Tensor | None, int]:
         for offset in range(REPLACEMENT_TRIES if self.replace_unreadable else 1):
@@ -117,7 +120,7 @@ class Pictures(Dataset[Batch]):
     def _cut(self, picture: Tensor, item: Item) -> Tensor:
         if self.augment == "none":
             return self.crop.center(picture)
-        return self.crop.random(picture, self.augment, crop_seed(self.seed, item.epoch, item.row))
+        return self.crop.random(picture, self.augment, crop_seed(self.seed, item.epoch, item.draw))
 
 
 def _source(row: Mapping[str, Any]) -> bytes | str:
@@ -227,7 +230,7 @@ class TrainFeed(_Feed):
 
     def _to_device(self, batch: Batch) -> Micro:
         images = batch.images.to(self._device, non_blocking=True)
-        images = random_flips(images, self._flip, self.order.seed, batch.epoch, batch.index)
+        images = random_flips(images, self._flip, self.order.seed, batch.epoch, batch.draws)
         micro = _micro(self._normalise(images), batch, self._device)
         return micro if self._mixing is None else _mixed(micro, batch, self._mixing)
 
@@ -270,7 +273,7 @@ def _micro(inputs: Tensor, batch: Batch, device: torch.device) -> Micro:
 
 
 def _mixed(micro: Micro, batch: Batch, mixing: Mixing) -> Micro:
-    drawn = mixing.draw(batch.epoch, batch.index.numpy(), batch.weights.numpy() > 0, micro.inputs.shape[-1])
+    drawn = mixing.draw(batch.epoch, batch.draws.numpy(), batch.weights.numpy() > 0, micro.inputs.shape[-1])
     mix = Mix(*(values.to(micro.inputs.device, non_blocking=True) for values in drawn))
     return micro._replace(inputs=mixed(micro.inputs, mix), others=micro.labels[mix.partners], shares=mix.shares)
 

@@ -52,13 +52,13 @@ class Mixing:
     images: int
 
     def draw(self, epoch: int, rows: Rows, real: np.ndarray, size: int) -> Mix:
-        """The draws for the pictures in *rows*: shares and boxes by (seed, epoch, row), partners by the order.
+        """The draws for the pictures: shares and boxes by (seed, epoch, `Item.draw`), partners by the order.
 
         A picture's partner is the next real one of the micro-batch, whose order is random already; the last one's is
         the first. A single real one, and filler, stay as they are.
 
         Args:
-            rows: of the dataset, ``(B,)``.
+            rows: `Item.draw` of the pictures, their rows where each comes once, ``(B,)``.
             real: False for filler, ``(B,)``.
             size: side of the pictures in pixels.
         """

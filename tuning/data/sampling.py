@@ -25,12 +25,19 @@ class Item(NamedTuple):
         row: of the dataset.
         weight: 1 = a real image of this step, 0 = filler that keeps the batch full (a short last window).
         content: the row itself where it has been read already; None = it is still to be read.
+        place: in the epoch's order, of an image that may come more than once in it; None = it comes once.
     """
 
     epoch: int
     row: int
     weight: float
     content: Mapping[str, Any] | None = None
+    place: int | None = None
+
+    @property
+    def draw(self) -> int:
+        """What seeds every random draw for the image, with (seed, epoch): one of its own for every time it comes."""
+        return self.row if self.place is None else self.place
 
 
 def epoch_order(images: int, seed: int, epoch: int) -> Rows:
@@ -42,17 +49,23 @@ def epoch_order(images: int, seed: int, epoch: int) -> Rows:
 def uniform(seed: int, epoch: int, index: np.ndarray, stream: int) -> np.ndarray:
     """Independent draws in [0, 1), one per image, as a hash of (seed, epoch, index, stream).
 
-    SplitMix64 (Steele, Lea & Flood 2014) over the counters; no generator, hence nothing to save or to share.
-
     Args:
-        index: dataset rows, shape ``(B,)``.
+        index: `Item.draw` of the images, shape ``(B,)``.
         stream: names the use (flips, crops, ...), so that uses are independent.
+    """
+    return (hashed(seed, epoch, index, stream) >> np.uint64(11)).astype(np.float64) / 2**53
+
+
+def hashed(seed: int, epoch: int | np.ndarray, index: np.ndarray, stream: int) -> npt.NDArray[np.uint64]:
+    """64 random bits for every index, also with an epoch for each; otherwise as `uniform`.
+
+    SplitMix64 (Steele, Lea & Flood 2014) over the counters; no generator, hence nothing to save or to share.
     """
     state = np.zeros(len(index), dtype=np.uint64)
     with np.errstate(over="ignore"):
         for counter in (seed, epoch, stream, index):
             state = _mix(state + np.asarray(counter, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15))
-    return (state >> np.uint64(11)).astype(np.float64) / 2**53
+    return state
 
 
 def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -89,15 +102,19 @@ class TrainOrder:
         """Real images of optimizer step *step* of an epoch, over all processes."""
         return min(self.batch.batch_size, self.images - step * self.batch.batch_size)
 
+    def sequence(self, epoch: int) -> Rows:
+        """The rows of the dataset in the order of an epoch, `images` of them."""
+        return epoch_order(self.images, self.seed, epoch)
+
     def rows(self, epoch: int, step: int) -> list[int]:
         """Rows of the dataset in optimizer step *step* of an epoch, over all processes."""
         start = step * self.batch.batch_size
-        order = epoch_order(self.images, self.seed, epoch)
+        order = self.sequence(epoch)
         return [int(row) for row in order[start : start + self.images_in(step)]]
 
     def micro_batches(self, epoch: int, first_step: int = 0) -> Iterator[list[Item]]:
         """This process's micro-batches of an epoch, from optimizer step *first_step* on, all of full size."""
-        order = epoch_order(self.images, self.seed, epoch)
+        order = self.sequence(epoch)
         for step in range(first_step, self.steps_per_epoch):
             yield from self._step(order, epoch, step)
 
@@ -106,7 +123,10 @@ class TrainOrder:
         for pass_number in range(self.batch.micro_steps(real)):
             first = (pass_number * self.batch.world_size + self.rank) * micro
             places = range(first, first + micro)
-            yield [Item(epoch, int(order[(start + p) % self.images]), float(p < real)) for p in places]
+            yield [self._item(order, epoch, (start + p) % self.images, float(p < real)) for p in places]
+
+    def _item(self, order: np.ndarray, epoch: int, place: int, weight: float) -> Item:
+        return Item(epoch, int(order[place]), weight)
 
 
 @dataclass(frozen=True)

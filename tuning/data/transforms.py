@@ -61,7 +61,7 @@ def _planes(image: Tensor) -> Tensor:
 
 
 def crop_seed(seed: int, epoch: int, index: int) -> int:
-    """Seed for `Crop.random` of one image in one epoch."""
+    """Seed for `Crop.random` of one image, with `Item.draw` *index*, in one epoch."""
     return int(uniform(seed, epoch, np.array([index]), CROP)[0] * 2**53)
 
 
@@ -72,7 +72,7 @@ def random_flips(
 
     Args:
         images: ``(B, 3, S, S)``.
-        index: dataset rows on the CPU, ``(B,)``; with *seed* and *epoch* they decide.
+        index: `Item.draw` of each on the CPU, ``(B,)``; with *seed* and *epoch* they decide.
     """
     axes = {"none": {}, "horizontal": {FLIP_LEFT_RIGHT: 3}, "both": {FLIP_LEFT_RIGHT: 3, FLIP_TOP_BOTTOM: 2}}[flip]
     for stream, axis in axes.items():

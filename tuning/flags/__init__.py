@@ -17,7 +17,7 @@ from tuning.flags.evaluate import EvaluateFlags
 from tuning.flags.export import ExportFlags
 from tuning.flags.finder import FinderFlags
 from tuning.flags.model import ModelFlags
-from tuning.flags.names import InitName, LossName, ScheduleName
+from tuning.flags.names import InitName, LossName, SamplingName, ScheduleName
 from tuning.flags.opened import OpenedFlags
 from tuning.flags.optimisation import OptimisationFlags
 from tuning.flags.overfit import OverfitFlags
@@ -44,6 +44,7 @@ __all__ = [
     "PredictFlags",
     "RegularisationFlags",
     "RunFlags",
+    "SamplingName",
     "ScheduleName",
     "StageFlags",
     "SweepFlags",

@@ -7,6 +7,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 ScheduleName = Literal["sgdr", "cosine", "one-cycle", "step", "triangular", "constant"]
 InitName = Literal["default", "kaiming", "xavier", "orthogonal", "zero"]
 LossName = Literal["cross-entropy", "bce", "focal"]
+SamplingName = Literal["shuffle", "sqrt", "balanced"]
 
 if TYPE_CHECKING:
     Texts = tuple[str, ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from tuning.flags.names import LossName
+from tuning.flags.names import LossName, SamplingName
 
 
 @dataclass(frozen=True)
@@ -32,3 +32,6 @@ class RegularisationFlags:
     cutmix: float = 0.0
     """Paste a box of another training picture, and its share of the label (Yun et al. 2019): alpha, for example 1.0;
     0 = off. With --mixup too, each picture gets one of the two."""
+    sampling: SamplingName = "shuffle"
+    """Which images an epoch takes, as many in all: shuffle = each once; balanced = as many of every class; sqrt = in
+    proportion to the root of its images (Kang et al. 2020). Excludes --class-weights."""

@@ -41,7 +41,7 @@ class RunFlags:
     """Where curves go besides metrics.jsonl. Without a login W&B runs offline."""
     project: str = "fine-tuning"
     """Project of the tracker."""
-    best_by: Literal["top1", "balanced_accuracy", "loss"] = "balanced_accuracy"
+    best_by: Literal["top1", "balanced_accuracy", "macro_f1", "loss"] = "balanced_accuracy"
     """Evaluation metric that chooses the weights in model/."""
     best_of: Optional[Literal["raw", "ema"]] = None
     """Whose evaluation chooses model/, and whose weights are kept there. Default: ema with --ema-decay, else raw."""

@@ -14,6 +14,7 @@ from tuning.data.tables import label_array, names_of
 from tuning.preflight.duplicates import Seen, near_pairs, same_files
 from tuning.preflight.findings import Finding, Severity
 from tuning.preflight.pictures import Facts
+from tuning.stages import Stage
 
 Split = Literal["train", "eval"]
 
@@ -125,11 +126,16 @@ def _near(named: _Named, first: Seen, second: Seen) -> Iterator[Finding]:
             yield named.finding("near_duplicate", "note", "almost the same as another", *where)
 
 
+def is_balanced(class_weights: str, stages: Sequence[Stage]) -> bool:
+    """The loss or the sampling of every stage makes up for the numbers of images."""
+    return class_weights == "balanced" or all(stage.sampling != "shuffle" for stage in stages)
+
+
 def class_findings(data: Data, balanced: bool) -> Iterator[Finding]:
     """About the number of pictures of each class.
 
     Args:
-        balanced: the loss weighs classes by ``--class-weights balanced``.
+        balanced: from `is_balanced`.
     """
     train, judge = class_counts(data).values()
     unlearned = [name for name, t, e in zip(data.classes, train, judge, strict=True) if e and not t]
@@ -148,10 +154,9 @@ def class_findings(data: Data, balanced: bool) -> Iterator[Finding]:
     ratio = present.max() / present.min()
     if ratio >= IMBALANCE_NOTE:
         severity: Severity = "note" if balanced or ratio < IMBALANCE_WARNING else "warning"
-        remedy = "" if balanced else "; --class-weights balanced counts rare classes as much, --best-by says by what"
-        yield Finding(
-            "imbalance", severity, f"largest class {present.max():,}, smallest {present.min():,} pictures{remedy}"
-        )
+        remedy = "; --class-weights or --sampling balanced counts rare classes as much, --best-by says by what"
+        told = f"largest class {present.max():,}, smallest {present.min():,} pictures"
+        yield Finding("imbalance", severity, told if balanced else told + remedy)
 
 
 def size_findings(facts: Mapping[Split, Sequence[Facts]], image_size: int) -> Iterator[Finding]:
