@@ -27,6 +27,7 @@ def finetune(command: Command) -> None:
     from tuning.analysis.charts import charts
     from tuning.analysis.finishing import write_report
     from tuning.analysis.last_look import look_back
+    from tuning.augmentation import draw_batch
     from tuning.console import Speaker
     from tuning.echoes import first_error
     from tuning.engine import train_steps
@@ -161,6 +162,8 @@ def finetune(command: Command) -> None:
                 feeds = stage_feeds(
                     accelerator, entered, planned, data, info, unreadable, run.seed, regularisation.flip, workers
                 )
+                if accelerator.is_main_process:
+                    draw_batch(feeds.train, progress, data.classes, folder.plots)
                 if progress.step == 0 and flags.model.head_init == "fitted":
                     pictures = plain_feed(accelerator, data.train, planned, info, workers, unreadable.train)
                     fit_head(accelerator, model, pictures, class_weights, classes, run.seed)

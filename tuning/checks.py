@@ -23,6 +23,7 @@ NEEDS = {  # flag: what another flag must be for it to have an effect
     "lr_floor": ("schedule", ("cosine", "sgdr", "triangular")),
     "lr_batch": ("lr_scaling", ("linear", "sqrt")),
     "focal_gamma": ("loss", ("focal",)),
+    "color": ("augment", ("medium", "strong")),
 }
 LOWEST = {  # smallest value: whole numbers
     0: (
@@ -194,6 +195,12 @@ def _refuse_idle(flags: Flags, values: Mapping[str, Any], typed: Sequence[str], 
                 f"--{key} {values[key]} mixes pictures, but every stage trains on cached features. Drop it, or "
                 "--cache-features."
             )
+
+    if values["random_erasing"] and all(stage.cache_features for stage in stages):
+        raise UserError(
+            f"--random-erasing {values['random_erasing']} erases parts of pictures, but every stage trains on cached "
+            "features. Drop it, or --cache-features."
+        )
 
 
 def refuse_sampling(stage: Stage, flags: Flags) -> None:

@@ -17,6 +17,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from tuning import sharding
+from tuning.data.operations import augmentation_sentences
 from tuning.data.sources import Data
 from tuning.data.tables import label_array
 from tuning.imbalance import class_sentence, sampling_sentences
@@ -197,6 +198,7 @@ def plan_facts(
         ("data", f"{data.name}: {len(data.train):,} training and {len(data.eval):,} evaluation images"),
         ("classes", class_sentence(data.classes, counts)),
         *(("sampling", told) for told in sampling_sentences(data.classes, counts, [p.stage for p in plan])),
+        *(("augmentation", told) for told in augmentation_sentences([p.stage for p in plan])),
         ("model", f"{info.name}, {sum(g.parameters for g in plan[0].groups):,} parameters; {info.weights}"),
         ("input", f"{', '.join(map(str, pixels))} pixels, mean {info.mean}, std {info.std}, {info.interpolation}"),
         (

@@ -10,9 +10,11 @@ from torch import nn
 
 from tuning.data.broken import Unreadable
 from tuning.data.class_sampling import sampled_order
+from tuning.data.erasing import Erasing
 from tuning.data.loader import EvalFeed, FeatureFeed, Feed, TrainFeed
 from tuning.data.local_order import train_order
 from tuning.data.mixing import Mixing
+from tuning.data.operations import stage_operations
 from tuning.data.sampling import EvalOrder
 from tuning.data.sources import Data
 from tuning.data.splits import stratified_subset
@@ -79,7 +81,7 @@ def stage_feeds(
     train = TrainFeed(
         data.train,
         order,
-        Crop(planned.image_size, info.interpolation, info.crop_pct),
+        Crop(planned.image_size, info.interpolation, info.crop_pct, stage_operations(stage, info.mean)),
         Normalise(info.mean, info.std),
         augment=stage.augment,
         flip=flip,
@@ -87,6 +89,7 @@ def stage_feeds(
         device=accelerator.device,
         unreadable=unreadable.train,
         mixing=Mixing(stage.mixup, stage.cutmix, seed, len(data.train)) if stage.mixes else None,
+        erasing=Erasing(stage.erases, seed) if stage.erases else None,
     )
     return StageFeeds(train, evaluation, entered.model)
 

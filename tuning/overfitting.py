@@ -87,6 +87,7 @@ def small_plan(
         mixup=0.0,
         cutmix=0.0,
         sampling="shuffle",
+        random_erasing=0.0,
         cache_features=False,
     )
     (planned,) = make_plan(

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from tuning import sharding
 from tuning.clipping import Clip, clipping
 from tuning.command_line import Command
+from tuning.data.grey import are_grey
 from tuning.data.sources import Data, open_data
 from tuning.data.tables import label_array
-from tuning.flags import Flags
+from tuning.flags import ColorName, Flags
 from tuning.head_fit import linear_classifier
 from tuning.losses import Loss, balanced_weights, chosen
 from tuning.lr_auto import before_search
 from tuning.models import ModelInfo, build, check_image_size
 from tuning.plan import StagePlan, make_plan
 from tuning.sizes import largest_auto_micro_batch
+from tuning.stages import Stage
 
 
 def data_and_model(accelerator: Accelerator, flags: Flags) -> tuple[Data, nn.Module, ModelInfo]:
@@ -55,7 +60,7 @@ def plan_stages(
     """
     sharding.check_flags(command.stages, command.flags.model.head_init, command.flags.optimisation.clip_agc)
     plan = make_plan(
-        [before_search(stage, model) for stage in command.stages],
+        [before_search(stage, model) for stage in _settled_colors(accelerator, command.stages, data)],
         model,
         train_images=len(data.train),
         world_size=accelerator.num_processes,
@@ -68,6 +73,15 @@ def plan_stages(
     if command.flags.model.head_init == "fitted":
         linear_classifier(model)
     return plan
+
+
+def _settled_colors(accelerator: Accelerator, stages: Sequence[Stage], data: Data) -> list[Stage]:
+    """The stages with ``color: auto`` as the training pictures are; rank 0 looks at some, if any stage asks."""
+    asks = any(stage.color == "auto" and stage.augment in ("medium", "strong") for stage in stages)
+    look = asks and accelerator.is_main_process
+    grey = broadcast_object_list([are_grey(data.train) if look else False])[0] if asks else False
+    settled: ColorName = "keep" if grey else "change"
+    return [replace(stage, color=settled) if stage.color == "auto" else stage for stage in stages]
 
 
 class Objective(NamedTuple):

@@ -12,10 +12,11 @@ from typing import Any, Literal
 from tuning import schedules
 from tuning.coerce import as_key, coerce, field_types, shown
 from tuning.errors import UserError, did_you_mean
-from tuning.flags import SamplingName, ScheduleName
+from tuning.flags import AugmentName, ColorName, SamplingName, ScheduleName
 
 GRADUAL_PARTS = 4
 MOST_LAYERS = 10**6
+STRONG_ERASING = 0.25  # probability with --augment strong
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Stage:
         find_lr: `lr` is kept only if the LR finder has no confident answer (``lr: auto``).
         mixup, cutmix: alpha, 0 = off; pictures alone are mixed, no cached features.
         sampling: how often an epoch takes the images of a class.
+        random_erasing: probability; None = that of the strength, `erases`.
+        color: auto is settled by the pictures before the plan is made.
     """
 
     name: str
@@ -58,17 +61,27 @@ class Stage:
     batch_size: int
     image_size: int | None
     batch_norm: Literal["frozen", "train"]
-    augment: Literal["none", "light", "medium"]
+    augment: AugmentName
     cache_features: bool
     find_lr: bool = False
     mixup: float = 0.0
     cutmix: float = 0.0
     sampling: SamplingName = "shuffle"
+    random_erasing: float | None = None
+    color: ColorName = "auto"
 
     @property
     def mixes(self) -> bool:
         """Pictures are mixed with others."""
         return bool(self.mixup or self.cutmix) and not self.cache_features
+
+    @property
+    def erases(self) -> float:
+        """Probability that a box of a picture is erased."""
+        if self.cache_features:
+            return 0.0
+        usual = STRONG_ERASING if self.augment == "strong" else 0.0
+        return usual if self.random_erasing is None else self.random_erasing
 
     def steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole stage."""
@@ -145,6 +158,8 @@ def check_stage(stage: Stage) -> None:
     for key in ("mixup", "cutmix"):
         alpha = getattr(stage, key)
         refuse(alpha == 0 or 0.01 <= alpha <= 100, key, "give 0 for off, or a number from 0.01 to 100, for example 0.2")
+    erasing = stage.random_erasing
+    refuse(erasing is None or 0 <= erasing <= 1, "random_erasing", "give a probability in [0, 1], for example 0.25")
     if stage.layer_decay is not None and stage.lr_ratio is not None:
         raise UserError(
             f"stage {stage.name!r}: --layer-decay {stage.layer_decay} and --lr-ratio {stage.lr_ratio} exclude each "

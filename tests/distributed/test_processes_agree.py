@@ -110,6 +110,32 @@ def test_cached_features_agree(photos: Path) -> None:
     assert first.metrics[0]["top1"] == alone.metrics[0]["top1"]
 
 
+def test_strong_augmentation_agrees(photos: Path) -> None:
+    """Operations and boxes; mixed within micro-batches of 4, which are the same on any number of processes."""
+    argv = (
+        "--data",
+        str(photos),
+        *MODEL,
+        "--freeze-epochs",
+        "0",
+        "--epochs",
+        "2",
+        "--optimizer",
+        "sgd",
+        "--lr",
+        "0.05",
+    )
+    argv += ("--batch-size", "8", "--micro-batch", "4", "--augment", "strong", "--mixup", "0.4")
+    (alone,) = run_ranks(1, run_stages, *argv)
+    first, second = run_ranks(2, run_stages, *argv)
+    assert largest_difference(first.states[-1], second.states[-1]) == 0
+    assert largest_difference(first.states[-1], alone.states[-1]) < 1e-5
+    assert first.losses == second.losses
+    assert first.losses == pytest.approx(alone.losses, abs=1e-5)
+    (whole,) = run_ranks(1, run_stages, *argv, "--random-erasing", "0")
+    assert whole.losses != pytest.approx(alone.losses, abs=1e-4), "nothing was erased"
+
+
 def test_sampled_classes_agree(photos: Path) -> None:
     """On cached features first, then on pictures."""
     argv = ("--data", str(photos), *MODEL, "--freeze-epochs", "1", "--epochs", "1", "--cache-features")

@@ -175,6 +175,8 @@ LATER: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     ("unfetched weights", ("--weights", "pretrained"), ("test_vit", "--weights none")),
     ("unknown sub-folder", ("--train-split", "trian"), ("'trian'", "Perhaps you meant 'train'")),
     ("too few images", ("--limit-train", "1"), ("--limit-train 1", "2 classes")),
+    ("two cures", ("--sampling", "sqrt", "--class-weights", "balanced"), ("--sampling sqrt", "count twice")),
+    ("erasing above 1", ("--random-erasing", "1.5"), ("--random-erasing is 1.5", "a probability in [0, 1]")),
     ("mixup of one", ("--mixup", "0.2", "--micro-batch", "1"), ("--mixup 0.2", "only 1", "--micro-batch")),
     ("cutmix of one", ("--cutmix", "1", "--batch-size", "1"), ("--cutmix 1", "only 1", "--batch-size")),
     ("missing checkpoint", ("--resume", "no/checkpoint"), ("no/checkpoint", "--resume auto")),

@@ -50,6 +50,7 @@ def test_what_the_run_leaves_behind(finished: Path) -> None:
     assert len(kept.ids) == 18
     assert all(name.startswith("val/") for name in kept.ids)
     assert np.allclose(kept.probabilities.sum(axis=1), 1, atol=1e-6)
+    assert {p.stem for p in (finished / "plots").glob("*.png")} >= {"augmented_batch", "curves", "schedule"}
     summary = json.loads((finished / "summary.json").read_text())
     best, judged = summary["best"], summary["judged"]
     assert (kept.predicted == kept.labels).mean() == pytest.approx(best["top1"])

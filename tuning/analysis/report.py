@@ -23,6 +23,7 @@ PLOTS = {
     "curves": "loss, metrics, gradient norm and learning rates over the optimizer steps",
     "confusion": "confusion matrix: labels in rows, predictions in columns",
     "precision_recall": "precision over recall of single classes",
+    "augmented_batch": "training pictures as the model sees them, after augmentation",
     "schedule": "planned learning rate of every group over the optimizer steps",
     "lr_finder": "loss over the learning rate, as the LR finder measured it",
 }

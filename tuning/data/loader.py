@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from tuning.data.ahead import to_evaluate, to_train
 from tuning.data.broken import Broken, Unreadable, why_gone
+from tuning.data.erasing import Erasing, erased
 from tuning.data.images import UnreadableImage, decode
 from tuning.data.mixing import Mix, Mixing, mixed
 from tuning.data.sampling import EvalOrder, Item, TrainOrder
@@ -19,6 +20,7 @@ from tuning.data.sources import image_name
 from tuning.data.transforms import Crop, Normalise, crop_seed, random_flips
 from tuning.data.workers import WorkerLoader
 from tuning.errors import UserError
+from tuning.flags import AugmentName
 
 REPLACEMENT_TRIES = 20
 CHECK_EVERY = 32  # evaluation batches between looks at the number of unreadable pictures
@@ -81,7 +83,7 @@ class Pictures(Dataset[Batch]):
 
     rows: Any
     crop: Crop
-    augment: Literal["none", "light", "medium"]
+    augment: AugmentName
     seed: int
     replace_unreadable: bool
     folder: str | None = None
@@ -190,7 +192,7 @@ class _Feed:
 
 
 class TrainFeed(_Feed):
-    """Training batches of this process: decoded by workers; moved, flipped, normalised and mixed on the device.
+    """Training batches of this process, decoded by workers; on the device flipped, normalised, mixed and erased.
 
     Attributes:
         unreadable: the pictures that were replaced on this process.
@@ -203,17 +205,20 @@ class TrainFeed(_Feed):
         crop: Crop,
         normalise: Normalise,
         *,
-        augment: Literal["none", "light", "medium"],
+        augment: AugmentName,
         flip: Literal["none", "horizontal", "both"],
         workers: int,
         device: torch.device,
         unreadable: Unreadable | None = None,
         mixing: Mixing | None = None,
+        erasing: Erasing | None = None,
     ) -> None:
         self.unreadable = unreadable or Unreadable()
+        self._erasing = erasing
         self._normalise, self._flip, self._device, self._mixing = normalise, flip, device, mixing
         self._batches = _EpochBatches(order, rows)
         pictures = Pictures(rows, crop, augment, order.seed, replace_unreadable=True, folder=self.unreadable.folder)
+        self._pictures = pictures
         self._loader = WorkerLoader(pictures, self._batches, workers, keep=True, pin=device.type == "cuda")
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Micro]:
@@ -228,11 +233,26 @@ class TrainFeed(_Feed):
                 )
             yield self._to_device(batch)
 
+    def sample(self, epoch: int, step: int, count: int) -> Micro:
+        """The first *count* images, or fewer, of an optimizer step's first micro-batch, made in this process.
+
+        Nothing of the feed moves, and nothing is noted.
+        """
+        items = next(self.order.micro_batches(epoch, step))
+        micro = self._to_device(self._pictures.__getitems__(items[: count + 1]))  # the next is the last one's partner
+        return Micro(*(None if part is None else part[:count] for part in micro))  # type: ignore[arg-type]
+
+    def shown(self, inputs: Tensor) -> Tensor:
+        """Inputs of the model as pictures in [0, 1], float32: without the normalisation."""
+        return self._normalise.undone(inputs)
+
     def _to_device(self, batch: Batch) -> Micro:
         images = batch.images.to(self._device, non_blocking=True)
         images = random_flips(images, self._flip, self.order.seed, batch.epoch, batch.draws)
         micro = _micro(self._normalise(images), batch, self._device)
-        return micro if self._mixing is None else _mixed(micro, batch, self._mixing)
+        if self._mixing is not None:
+            micro = _mixed(micro, batch, self._mixing)
+        return micro if self._erasing is None else _erased(micro, batch, self._erasing)
 
 
 class EvalFeed:
@@ -276,6 +296,12 @@ def _mixed(micro: Micro, batch: Batch, mixing: Mixing) -> Micro:
     drawn = mixing.draw(batch.epoch, batch.draws.numpy(), batch.weights.numpy() > 0, micro.inputs.shape[-1])
     mix = Mix(*(values.to(micro.inputs.device, non_blocking=True) for values in drawn))
     return micro._replace(inputs=mixed(micro.inputs, mix), others=micro.labels[mix.partners], shares=mix.shares)
+
+
+def _erased(micro: Micro, batch: Batch, erasing: Erasing) -> Micro:
+    height, width = micro.inputs.shape[-2:]
+    boxes = torch.from_numpy(erasing.boxes(batch.epoch, batch.draws.numpy(), (height, width)))
+    return micro._replace(inputs=erased(micro.inputs, boxes.to(micro.inputs.device, non_blocking=True)))
 
 
 class FeatureFeed(_Feed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,7 @@ from torchvision.transforms.v2 import functional as F
 from tuning.data.sampling import uniform
 
 # Area of a random crop as fractions of the picture's.
-CROP_AREA = {"light": (0.7, 1.0), "medium": (0.35, 1.0)}
+CROP_AREA = {"light": (0.7, 1.0), "medium": (0.35, 1.0), "strong": (0.08, 1.0)}
 FLIP_LEFT_RIGHT, FLIP_TOP_BOTTOM, CROP = range(3)  # streams of `uniform`
 INTERPOLATIONS = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.InterpolationMode.BICUBIC}
 
@@ -28,11 +29,13 @@ class Crop:
         size: side of the square in pixels.
         interpolation: ``bilinear`` or ``bicubic``, the model's own.
         crop_pct: share of the shorter side that the evaluation crop keeps.
+        operations: what comes after a random crop, on ``(3, size, size)`` uint8; None = nothing.
     """
 
     size: int
     interpolation: str
     crop_pct: float
+    operations: Callable[[Tensor], Tensor] | None = None
 
     def center(self, image: Tensor) -> Tensor:
         """Evaluation: shorter side to ``size / crop_pct``, then the centre. ``(H, W, 3)`` -> ``(3, size, size)``."""
@@ -48,7 +51,8 @@ class Crop:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             crop = v2.RandomResizedCrop(self.size, scale=CROP_AREA[strength], interpolation=self._mode, antialias=True)
-            return crop(planes)  # type: ignore[no-any-return]
+            cut = crop(planes)
+            return cut if self.operations is None else self.operations(cut)
 
     @property
     def _mode(self) -> v2.InterpolationMode:
@@ -96,3 +100,8 @@ class Normalise:
         device = images.device
         scaled = images.to(torch.float32).mul_(scale.to(device, non_blocking=True))
         return scaled.add_(shift.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+
+    def undone(self, inputs: Tensor) -> Tensor:
+        """``(B, 3, S, S)`` as the model gets it -> float32 in [0, 1]; what lies outside, after mixing, is cut off."""
+        mean, std = (torch.tensor(values, device=inputs.device).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        return (inputs.float() * std + mean).clamp(0, 1)

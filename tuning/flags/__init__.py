@@ -17,7 +17,7 @@ from tuning.flags.evaluate import EvaluateFlags
 from tuning.flags.export import ExportFlags
 from tuning.flags.finder import FinderFlags
 from tuning.flags.model import ModelFlags
-from tuning.flags.names import InitName, LossName, SamplingName, ScheduleName
+from tuning.flags.names import AugmentName, ColorName, InitName, LossName, SamplingName, ScheduleName
 from tuning.flags.opened import OpenedFlags
 from tuning.flags.optimisation import OptimisationFlags
 from tuning.flags.overfit import OverfitFlags
@@ -28,8 +28,10 @@ from tuning.flags.stage import StageFlags
 from tuning.flags.sweep import SweepFlags
 
 __all__ = [
+    "AugmentName",
     "BatchFlags",
     "CheckFlags",
+    "ColorName",
     "DataFlags",
     "EvaluateFlags",
     "ExportFlags",

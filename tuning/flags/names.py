@@ -7,6 +7,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 ScheduleName = Literal["sgdr", "cosine", "one-cycle", "step", "triangular", "constant"]
 InitName = Literal["default", "kaiming", "xavier", "orthogonal", "zero"]
 LossName = Literal["cross-entropy", "bce", "focal"]
+AugmentName = Literal["none", "light", "medium", "strong"]
+ColorName = Literal["auto", "change", "keep"]
 SamplingName = Literal["shuffle", "sqrt", "balanced"]
 
 if TYPE_CHECKING:

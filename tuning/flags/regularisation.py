@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from tuning.flags.names import LossName, SamplingName
+from tuning.flags.names import AugmentName, ColorName, LossName, SamplingName
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class RegularisationFlags:
     ema_decay: Optional[float] = None
     """Keep an exponential moving average of the weights with this decay per optimizer step, in (0, 1), for example
     0.999; it warms up from 0. Evaluated beside the raw weights, as eval_ema/... Default: none."""
-    augment: Literal["none", "light", "medium"] = "light"
-    """none = the evaluation crop; light = random crops of 70-100 % of the area; medium = 35-100 %."""
+    augment: AugmentName = "light"
+    """none = the evaluation crop; light = random crops of 70-100 % of the area; medium = 35-100 % and a mild random
+    operation (RandAugment); strong = 8-100 %, an operation of any magnitude (TrivialAugment) and --random-erasing."""
     flip: Literal["none", "horizontal", "both"] = "horizontal"
     """Random flips: none, left-right, or left-right and top-bottom."""
     mixup: float = 0.0
@@ -35,3 +36,9 @@ class RegularisationFlags:
     sampling: SamplingName = "shuffle"
     """Which images an epoch takes, as many in all: shuffle = each once; balanced = as many of every class; sqrt = in
     proportion to the root of its images (Kang et al. 2020). Excludes --class-weights."""
+    random_erasing: Optional[float] = None
+    """Probability that a box of the picture is erased (Zhong et al. 2017); 0 = off. Default: 0.25 with --augment
+    strong, else 0."""
+    color: ColorName = "auto"
+    """change = --augment medium and strong also change brightness, colours and contrast; keep = they move pixels only;
+    auto = keep if the training pictures are grey."""

@@ -73,7 +73,7 @@ def trial_plan(planned: StagePlan, train_images: int, on_cpu: bool) -> StagePlan
     micro = max(1, min(micro, train_images // world))
     stage = planned.stage
     if stage.cache_features:
-        stage = replace(stage, cache_features=False, mixup=0.0, cutmix=0.0)
+        stage = replace(stage, cache_features=False, mixup=0.0, cutmix=0.0, random_erasing=0.0)
     return replace(planned, stage=stage, batch=BatchPlan(micro * world, micro, world))
 
 
