@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib import pyplot as plt
 
 from tuning.data.loader import Feed, Micro, TrainFeed
@@ -27,13 +28,16 @@ def draw_batch(feed: Feed, progress: Progress, classes: Sequence[str], plots: Pa
     micro = feed.sample(progress.epoch, progress.stage_step % feed.order.steps_per_epoch, SHOWN)
     pictures = feed.shown(micro.inputs).permute(0, 2, 3, 1).cpu().numpy()
     captions = _captions(micro, classes)
-    lines = -(-len(pictures) // COLUMNS)
-    figure, axes = plt.subplots(lines, COLUMNS, figsize=(1.9 * COLUMNS, 2.1 * lines), squeeze=False)
-    for place in axes.flat:
-        place.axis("off")
-    for place, picture, caption in zip(axes.flat, pictures, captions, strict=False):
-        place.imshow(picture)
-        place.set_title(caption, fontsize=7, parse_math=False)
+    lines, side = -(-len(pictures) // COLUMNS), pictures.shape[1]
+    step = side + max(1, side // 5)  # with room for a caption above each
+    sheet = np.ones((lines * step, COLUMNS * step, 3), dtype=np.float32)
+    figure, axes = plt.subplots(figsize=(2.0 * COLUMNS, 2.0 * lines))
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        top, left = (number // COLUMNS + 1) * step - side, number % COLUMNS * step
+        sheet[top : top + side, left : left + side] = picture
+        axes.text(left, top - 0.02 * side, caption, fontsize=7, va="bottom", parse_math=False)
+    axes.imshow(sheet, interpolation="nearest")
+    axes.axis("off")
     save(figure, plots / FILE, tight=True)
 
 

@@ -6,7 +6,7 @@ from tuning.data.images import UnreadableImage, decode
 from tuning.data.tables import Table, spread
 
 LOOKED_AT = 32  # pictures
-DIFFERENCE = 8  # of 255 between two channels of a pixel, at most: what JPEG leaves in a grey picture saved in colour
+DIFFERENCE = 8  # of 255 between green and another channel of a pixel, at most: what JPEG leaves in a grey picture saved in colour
 COLOURED = 0.001  # share of the pixels of a picture that may differ by more
 
 
@@ -20,7 +20,8 @@ def are_grey(rows: Table) -> bool:
         except UnreadableImage:
             continue
         seen = True
-        between = pixels.amax(dim=2) - pixels.amin(dim=2)
-        if (between > DIFFERENCE).float().mean() > COLOURED:
+        red, green, blue = pixels.unbind(2)
+        differs = ((red - green).abs() > DIFFERENCE) | ((blue - green).abs() > DIFFERENCE)
+        if differs.float().mean() > COLOURED:
             return False
     return seen
