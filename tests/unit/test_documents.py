@@ -139,3 +139,14 @@ def test_names_of_the_library_exist(document: Path) -> None:
     ours = {name for name in codes if name.split(".")[0] in {"tuning", *MODULES}}
     files = {name for name in ours if name.rpartition(".")[2] in SUFFIXES}
     assert {name for name in ours - files if not exists(name)} == set()
+
+
+def test_messages_of_troubleshooting_are_those_of_the_program() -> None:
+    """First column, in backticks; a message is looked for in the sources, where it may be broken over two lines."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ")]
+    said = [text for cell in cells for text in re.findall(r"`([^`]+)`", cell) if " " in text]
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tuning").rglob("*.py"))
+    sources = re.sub(r'"\s+f?"', "", sources)
+    assert len(said) > 15
+    assert [text for text in said if text not in sources] == []
