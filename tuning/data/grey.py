@@ -6,7 +6,7 @@ from tuning.data.images import UnreadableImage, decode
 from tuning.data.tables import Table, spread
 
 LOOKED_AT = 32  # pictures
-DIFFERENCE = 8  # of 255 between green and another channel of a pixel, at most: what JPEG leaves in a grey picture saved in colour
+DIFFERENCE = 8  # of 255 between green and another channel: what JPEG leaves in a grey picture saved in colour
 COLOURED = 0.001  # share of the pixels of a picture that may differ by more
 
 
