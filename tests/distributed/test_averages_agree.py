@@ -1,8 +1,9 @@
-"""Averages and re-estimated statistics on two processes: those of one, and training that goes on as if nobody looked."""
+"""Averages and statistics taken anew on two processes: those of one, and training goes on as if nobody had looked."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from tuning.data.sources import open_data
 from tuning.models import ModelInfo
 from tuning.norm_statistics import NormStatistics
+from tuning.sharding import ASKED
 
 COMMON = ("--weights", "none", "--image-size", "32", "--batch-size", "8", "--workers", "0", "--tracker", "none")
 COMMON += ("--freeze-epochs", "0", "--epochs", "3", "--swa-epochs", "2", "--ema-decay", "0.8", "--keep", "1")
@@ -92,3 +94,29 @@ def test_statistics_taken_anew_are_the_same_to_the_bit(photos: Path) -> None:
     (alone,) = run_ranks(1, taken_anew, str(photos))
     for other in run_ranks(2, taken_anew, str(photos)):
         assert all(torch.equal(other[name], alone[name]) for name in alone)
+
+
+def finetune_sharded(*flags: str) -> int:
+    """As `accelerate_configs/fsdp2.yaml` asks for it."""
+    os.environ.update({ASKED: "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"})
+    return finetune_here(*flags)
+
+
+@pytest.mark.slow
+def test_all_of_it_on_a_model_that_is_split(photos: Path, tmp_path: Path) -> None:
+    """Synchronised BatchNorm, EMA, SWA at the ends of cycles, snapshots, statistics taken anew; stopped in the middle."""
+    flags = ("--data", str(photos), "--model", "test_efficientnet", *COMMON, "--batch-norm", "sync")
+    flags += ("--schedule", "sgdr", "--cycle-epochs", "1", "--cycle-mult", "1", "--snapshots")
+    flags += ("--batch-norm-images", "20", "--optimizer", "sgd", "--lr", "0.02")
+    finetune(2, *flags, "--output", str(tmp_path / "whole"))
+    split = (*flags, "--output", str(tmp_path / "split"))
+    assert run_ranks(2, finetune_sharded, *split, "--max-steps", "12") == [0, 0]
+    assert run_ranks(2, finetune_sharded, *split, "--resume", "auto") == [0, 0]
+    files = [f"{LAST}/{name}.safetensors" for name in ("model", "ema", "swa")]
+    files += [f"snapshots/{name}/model.safetensors" for name in ("01", "02", "03", "averaged")]
+    for file in files:
+        one, other = (load_file(tmp_path / run / file) for run in ("whole", "split"))
+        assert one.keys() == other.keys()
+        assert max(float((one[name].double() - other[name].double()).abs().max()) for name in one) < 1e-4, file
+    one, other = (json.loads((tmp_path / run / "summary.json").read_text()) for run in ("whole", "split"))
+    assert one["snapshots"]["ensemble"]["loss"] == pytest.approx(other["snapshots"]["ensemble"]["loss"], abs=1e-4)

@@ -6,13 +6,27 @@ import copy
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from accelerate import Accelerator
+from plain_stages import plain_stage
 from ranks import run_ranks
+from short_memory import ShortMemory
 from stage_runs import largest_difference, run_stages
 from timm.layers import BatchNormAct2d
 from torch import Tensor, distributed, nn
 
-from tuning.batch_norm import SyncedBatchNorm, SyncedBatchNormAct, synchronise
+from tuning import session
+from tuning.batch_norm import SyncedBatchNorm, synchronise
+from tuning.clipping import clipping
+from tuning.data.loader import FeatureFeed
+from tuning.data.sampling import TrainOrder
+from tuning.engine import train_steps
+from tuning.entering import enter_stage
+from tuning.errors import UserError
+from tuning.losses import cross_entropy
+from tuning.plan import StagePlan, make_plan
+from tuning.progress import Progress
 
 LAYERS = {
     "1d": (lambda: nn.BatchNorm1d(5), (8, 5)),
@@ -104,5 +118,32 @@ def test_a_run_on_two_processes_is_that_of_one_with_the_whole_batch(photos: Path
     assert largest_difference(apart.states[-1], first.states[-1]) > 1e-3, "statistics of halves are no others"
 
 
-def test_the_class_with_activation_is_timms() -> None:
-    assert issubclass(SyncedBatchNormAct, SyncedBatchNorm)
+def short_of_memory() -> str:
+    accelerator = session.start("fp32", 1)
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet", num_classes=3)
+    stage = plain_stage(batch_norm="sync", batch_size=8)
+    (planned,) = make_plan([stage], model, train_images=16, world_size=2, micro_batch=4, image_size=32)
+    if accelerator.process_index == 1:
+        ShortMemory("forward", fits=2).watch(model.get_submodule("blocks.2"))
+    entered = enter_stage(accelerator, model, planned)
+    feed = FeatureFeed(torch.randn(16, 3, 32, 32), torch.zeros(16, dtype=torch.int64), order_of(accelerator, planned))
+    try:
+        list(train_steps(accelerator, entered, feed, cross_entropy(), clipping(1.0, None, None), Progress(), 0))
+    except UserError as error:
+        return str(error)
+    except RuntimeError:  # the other one has left
+        return "left alone"
+    return "trained"
+
+
+def order_of(accelerator: Accelerator, planned: StagePlan) -> TrainOrder:
+    return TrainOrder(16, 0, planned.batch, accelerator.process_index)
+
+
+def test_memory_that_runs_out_on_one_process_ends_the_run() -> None:
+    """Within the pass the others wait for its sums, so the step can't begin anew."""
+    first, second = run_ranks(2, short_of_memory)
+    assert first == "left alone"
+    assert "out of memory at step 1: under FSDP or with --batch-norm sync" in second
+    assert "Give a smaller --micro-batch" in second
