@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tuning.data.sources import open_data
+from tuning.flags import DataFlags
 from tuning.models import ModelInfo
 from tuning.norm_statistics import NormStatistics
 from tuning.sharding import ASKED
@@ -79,7 +80,8 @@ def test_statistics_of_averages_are_of_all_processes_and_looking_changes_nothing
 def taken_anew(photos: str) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = timm.create_model("test_efficientnet", pretrained=False, num_classes=3).train()
-    data = open_data(photos, seed=0)
+    flags = DataFlags(data=photos)
+    data = open_data(**vars(flags), seed=0)
     info = ModelInfo("test", "test", "", 32, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0)
     anew = NormStatistics(Accelerator(cpu=True), data, info, 0, 0, 37)
     names = [name for name, _ in model.named_buffers() if "running" in name]
@@ -104,7 +106,7 @@ def finetune_sharded(*flags: str) -> int:
 
 @pytest.mark.slow
 def test_all_of_it_on_a_model_that_is_split(photos: Path, tmp_path: Path) -> None:
-    """Synchronised BatchNorm, EMA, SWA at the ends of cycles, snapshots, statistics taken anew; stopped in the middle."""
+    """Synchronised BatchNorm, EMA, SWA at ends of cycles, snapshots, statistics taken anew; stopped in the middle."""
     flags = ("--data", str(photos), "--model", "test_efficientnet", *COMMON, "--batch-norm", "sync")
     flags += ("--schedule", "sgdr", "--cycle-epochs", "1", "--cycle-mult", "1", "--snapshots")
     flags += ("--batch-norm-images", "20", "--optimizer", "sgd", "--lr", "0.02")

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from parquet_files import write_shards
 from pictures import encode, noise
 from torch import Tensor, nn
 
 from tuning import norm_statistics
+from tuning.data.local_order import train_order
 from tuning.data.sampling import SameBatches
-from tuning.data.sources import Data
+from tuning.data.sources import Data, open_data
 from tuning.data.transforms import Crop, Normalise
+from tuning.flags import DataFlags
 from tuning.models import ModelInfo
 from tuning.norm_statistics import NormStatistics
+from tuning.sizes import BatchPlan
 
 IMAGES, SIZE = 23, 32
 INFO = ModelInfo("test", "test", "", SIZE, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0)
@@ -137,3 +143,20 @@ def test_batches_are_the_same_on_any_number_of_processes(images: int, processes:
 
     assert batches(processes) == batches(1)
     assert np.concatenate(batches(1)).tolist() == list(range(images))
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_streamed_pictures_are_those_of_the_same_order_read_once(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"train": [13, 20], "val": [5]}, row_group=5)
+    flags = DataFlags(data=str(tmp_path), streaming=True)
+    data = open_data(**vars(flags), seed=0)
+    anew = NormStatistics(Accelerator(cpu=True), data, INFO, 0, 3, 12)
+    order = train_order(33, 3, BatchPlan(12, 12, 1), 0, data.train.blocks)
+    assert isinstance(anew._rows, Dataset)
+    expected = [data.train[row] for row in order.rows(0, 0)]
+    found = [anew._rows[number] for number in range(12)]
+    assert [row["image"]["path"] for row in found] == [row["image"]["path"] for row in expected]
+    assert [row["label"] for row in found] == [row["label"] for row in expected]
+    assert [row["image"]["path"] for row in found] != sorted(row["image"]["path"] for row in found)
+    with anew.estimated(model := network(), ["bn1.running_mean", "bn1.running_var"], SIZE):
+        assert model.bn1.running_mean.abs().max() > 0
