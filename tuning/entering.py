@@ -32,6 +32,7 @@ class Entered:
         wrapped: what to call in training: autocast and, with several processes, DDP around `trained`.
         optimizer: over all groups of `model`, closed ones included, so that its state keeps its shape.
         factor: optimizer step within the stage -> factor of every group's peak LR.
+        layer_decay: LR factor from one layer to the next lower one.
         statistics: running statistics of norms that this stage moves, ``{name: buffer}``.
         synchronised: processes exchange statistics of BatchNorm in every forward pass.
     """
@@ -42,6 +43,7 @@ class Entered:
     wrapped: nn.Module
     optimizer: AcceleratedOptimizer
     factor: Callable[[int], float]
+    layer_decay: float
     statistics: dict[str, Tensor] = field(default_factory=dict)
     synchronised: bool = False
 
@@ -91,7 +93,7 @@ def enter_stage(
     synchronise(model, False)  # on a CPU DDP refuses to wrap such layers, without need
     wrapped = accelerator.prepare_model(trained, evaluation_mode=is_sharded(model))
     factor = stage.factor(planned.steps_per_epoch)
-    entered = Entered(stage, model, trained, wrapped, optimizer, factor)
+    entered = Entered(stage, model, trained, wrapped, optimizer, factor, decay)
     entered.train_mode()
     entered.statistics = running_statistics(model)
     entered.synchronised = stage.batch_norm == "sync" and accelerator.num_processes > 1 and bool(entered.statistics)
