@@ -111,16 +111,14 @@ def finetune(command: Command) -> None:
         def judge(feeds: StageFeeds, planned: StagePlan, stage: str) -> None:
             """Evaluate, and keep the weights if they are the best so far."""
             curves.flush(progress)
-            judged = {}
-            size = planned.image_size
+            judged, size, main = {}, planned.image_size, accelerator.is_main_process
             for whose, weighed, part in judges(accelerator, entered, feeds.judged, averages.at(progress), anew, size):
                 pictures = boundary.watch(feeds.evaluation)
                 judged[whose] = evaluate(accelerator, part, pictures, len(data.eval), classes)
                 unreadable.check()
                 reached = judged[whose][run.best_by]
                 if whose in best_of and better(reached, progress.best, run.best_by):
-                    main, weights = accelerator.is_main_process, tensors_of(weighed, accelerator.is_main_process)
-                    at_size = replace(info, input_size=size)
+                    at_size, weights = replace(info, input_size=size), tensors_of(weighed, keep=main)
                     if not main or keep_best(weighed, at_size, data.classes, folder.model, weights):
                         progress.best, progress.best_step = reached, progress.step
             progress.due = False
