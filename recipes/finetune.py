@@ -20,14 +20,13 @@ def finetune(command: Command) -> None:
     # The flags are known to be right by now; only here torch is imported.
     from functools import partial
 
-    from timm.utils import ModelEmaV3
-
     from tuning import checkpoint, interrupts, plots, resuming, session
     from tuning.agreement import refuse_drift
     from tuning.analysis.charts import charts
     from tuning.analysis.finishing import write_report
     from tuning.analysis.last_look import look_back
     from tuning.augmentation import draw_batch
+    from tuning.averages import Averages
     from tuning.console import Speaker
     from tuning.echoes import first_error
     from tuning.engine import train_steps
@@ -43,13 +42,15 @@ def finetune(command: Command) -> None:
     from tuning.lr_trials import Trials, judge_trial
     from tuning.model_card import card_of_run
     from tuning.models import keep_best
+    from tuning.norm_statistics import NormStatistics
     from tuning.numerical_faults import NumericalFaults
     from tuning.plan import StagePlan
     from tuning.preparing import data_and_model, objective, plan_stages
     from tuning.saving import Saver, tensors_of
-    from tuning.sharding import asked, shard
+    from tuning.sharding import shard
+    from tuning.snapshots import Snapshots, tell
     from tuning.stopping import Boundary, end_run
-    from tuning.summary import add_judged, better, failure_noted, is_done, make_summary
+    from tuning.summary import add_judged, better, contenders, failure_noted, is_done, make_summary
     from tuning.track import Curves, check_tracker, described, open_tracker, tracker_id
     from tuning.unreadable import UnreadablePictures
 
@@ -67,6 +68,7 @@ def finetune(command: Command) -> None:
     check_tracker(run.tracker)
     start = resuming.locate(accelerator, run, command.config, info.name, data.name, started)
     folder = start.folder
+    snapshots = Snapshots(accelerator, folder.path, plan, flags.averages.snapshots)
     speaker.show_plan(plan, data, info, accelerator, folder, best_by=run.best_by)
     if run.dry_run:
         if accelerator.is_main_process:
@@ -100,32 +102,30 @@ def finetune(command: Command) -> None:
         classes, regularisation = len(data.classes), flags.regularisation
         loss, clip, class_weights = objective(accelerator, flags, data)
         workers = session.loader_workers(accelerator, flags.batch.workers)
-        decay = regularisation.ema_decay
-        ema = ModelEmaV3(model, decay, use_warmup=True, foreach=not asked()) if decay else None
-        averaged = ema.module if ema else None
-        shard(accelerator, model, averaged)
-        best_of, best_model = ("eval_ema", averaged) if averaged and run.best_of != "raw" else ("eval", model)
+        averages = Averages(model, plan, regularisation.ema_decay)
+        shard(accelerator, model, *averages.all.values())
+        best_of = contenders(run.best_of, regularisation.ema_decay, flags.averages.swa_epochs)
+        anew = NormStatistics(accelerator, data, info, workers, run.seed, flags.staging.batch_norm_images)
         saver = Saver(accelerator, folder.path, run.keep, start.facts, stop_on_error=run.save_errors == "stop")
         boundary = Boundary(accelerator, folder.path, started, run.stop_after, run.save_every, saver.must_stop)
 
         def judge(feeds: StageFeeds, planned: StagePlan, stage: str) -> None:
             """Evaluate, and keep the weights if they are the best so far."""
             curves.flush(progress)
-            judged = {}
-            for whose, judge_this, statistics in judges(entered, feeds.judged, averaged):
+            judged, size, main = {}, planned.image_size, accelerator.is_main_process
+            for whose, weighed, part in judges(accelerator, entered, feeds.judged, averages.at(progress), anew, size):
                 pictures = boundary.watch(feeds.evaluation)
-                judged[whose] = evaluate(accelerator, judge_this, pictures, len(data.eval), classes, statistics)
+                judged[whose] = evaluate(accelerator, part, pictures, len(data.eval), classes)
+                unreadable.check()
+                reached = judged[whose][run.best_by]
+                if whose in best_of and better(reached, progress.best, run.best_by):
+                    at_size, weights = replace(info, input_size=size), tensors_of(weighed, keep=main)
+                    if not main or keep_best(weighed, at_size, data.classes, folder.model, weights):
+                        progress.best, progress.best_step = reached, progress.step
             progress.due = False
             epoch = progress.epoch + progress.stage_step % planned.steps_per_epoch / planned.steps_per_epoch
             curves.write_evaluation(judged, epoch, progress)
             speaker.say_evaluation(stage, epoch, judged, curves.latest)
-            reached = judged[best_of][run.best_by]
-            unreadable.check()
-            if better(reached, progress.best, run.best_by):
-                at_size, main = replace(info, input_size=planned.image_size), accelerator.is_main_process
-                weights = tensors_of(best_model, keep=main)
-                if not main or keep_best(best_model, at_size, data.classes, folder.model, weights):
-                    progress.best, progress.best_step = reached, progress.step
 
         def find_lr(feeds: StageFeeds, planned: StagePlan) -> None:
             """Search for the learning rate of a stage; only `progress` and the curves keep a trace."""
@@ -146,7 +146,7 @@ def finetune(command: Command) -> None:
             """Begin to write a checkpoint from which the run can go on; a thread finishes it."""
             curves.flush(progress)
             progress.seconds = earlier_seconds + time.time() - started
-            saver.save(entered, progress, averaged, first=curves.sync)
+            saver.save(entered, progress, averages.at(progress), first=curves.sync)
             boundary.saved()
 
         judge_first = found is not None and (progress.due or progress.step == last_step)
@@ -158,7 +158,7 @@ def finetune(command: Command) -> None:
                 planned = as_found(plan[progress.stage], progress)
                 entered = enter_stage(accelerator, model, planned, before=entered)
                 if found:
-                    checkpoint.load(accelerator, found, entered, averaged)
+                    checkpoint.load(accelerator, found, entered, averages.at(progress))
                     found = None
                 feeds = stage_feeds(
                     accelerator, entered, planned, data, info, unreadable, run.seed, regularisation.flip, workers
@@ -168,8 +168,7 @@ def finetune(command: Command) -> None:
                 if progress.step == 0 and flags.model.head_init == "fitted":
                     pictures = plain_feed(accelerator, data.train, planned, info, workers, unreadable.train)
                     fit_head(accelerator, model, pictures, class_weights, classes, run.seed)
-                    if ema:
-                        ema.set(model)
+                    averages.begin(model)
                     judge(feeds, planned, "fitted head")
                 if judge_first:
                     judge(feeds, planned, planned.stage.name)
@@ -182,13 +181,13 @@ def finetune(command: Command) -> None:
 
                 for step in train_steps(accelerator, entered, feeds.train, loss, clip, progress, run.seed):
                     beat(step.step)
-                    if ema:
-                        ema.update(model, step.step)
+                    averages.update(model, progress)
                     curves.add(step, progress)
                     if step.step % run.log_every == 0:
                         unreadable.check()
                     speaker.show_progress(planned.stage.name, step.step, last_step, curves.latest)
                     asked, ends_run = boundary.agree(step.step), step.step == last_step
+                    snapshots.take(entered, progress, planned.image_size, info, data.classes, anew)
                     progress.due = step.ends_stage or (step.ends_epoch and not planned.stage.cache_features)
                     if progress.due or ends_run or asked.stop or asked.save:
                         save()  # before the evaluation, so that nothing is lost while that runs
@@ -203,8 +202,11 @@ def finetune(command: Command) -> None:
                 speaker.say_unreadable(unreadable.news())
                 progress.stage, progress.stage_step, progress.micro_batch = progress.stage + 1, 0, None
 
-        # 7. Finish: summary, pictures, a last look at the mistakes, what to look at next.
+        # 7. Finish: snapshots, summary, pictures, a last look at the mistakes, what to look at next.
+        together = snapshots.judge(model, info, data, progress, workers, anew, boundary.watch)
         if accelerator.is_main_process:
+            if together:
+                speaker.say(tell(together, curves, progress, folder.plots, run.best_by))
             curves.close()
             seen = {
                 "seconds": round(earlier_seconds + time.time() - started, 1),
@@ -216,6 +218,7 @@ def finetune(command: Command) -> None:
                 "eval_images": len(data.eval),
                 "skipped_steps": progress.skipped,
                 "unreadable": unreadable.counts,
+                **({"snapshots": together} if together else {}),
             }
             summary = make_summary(folder, best_of, run.best_by, seen)
             folder.write_summary(summary)

@@ -17,10 +17,8 @@ from torch import Tensor, nn
 
 from tuning.entering import Entered
 from tuning.errors import UserError
-from tuning.manifest import EMA, OPTIMIZER, WEIGHTS, Checkpoint, read
+from tuning.manifest import AVERAGE, OPTIMIZER, WEIGHTS, Checkpoint, read
 from tuning.sharding import load_whole, split_like
-
-EMA_PREFIX = "ema/"  # of names of statistics
 
 
 def checkpoints(run: Path) -> Path:
@@ -101,18 +99,20 @@ def forget_after(run: Path, step: int) -> None:
         shutil.rmtree(half, ignore_errors=True)
 
 
-def load(accelerator: Accelerator, checkpoint: Checkpoint, entered: Entered, ema: nn.Module | None = None) -> None:
+def load(
+    accelerator: Accelerator, checkpoint: Checkpoint, entered: Entered, averages: Mapping[str, nn.Module] | None = None
+) -> None:
     """Put the saved state into a model that has already entered the saved stage. All processes load.
 
     Learning rates and weight decay stay those of the stage: the optimizer's file would bring its own back. Every
     process gets its own running statistics of norms, or their mean where the number of processes has changed.
 
     Args:
-        ema: the model with averaged weights, where the run has one.
+        averages: the models with averaged weights that had begun, by name.
     """
     load_whole(entered.model, load_file(checkpoint.folder / WEIGHTS))
-    if ema is not None:
-        load_whole(ema, load_file(checkpoint.folder / EMA))
+    for name, average in (averages or {}).items():
+        load_whole(average, load_file(checkpoint.folder / AVERAGE.format(name)))
     state = torch.load(checkpoint.folder / OPTIMIZER, map_location="cpu", weights_only=True)
     rates = [{key: group[key] for key in ("peak_lr", "weight_decay")} for group in entered.optimizer.param_groups]
     entered.optimizer.load_state_dict(_split(state["optimizer"], entered.optimizer))
@@ -121,7 +121,7 @@ def load(accelerator: Accelerator, checkpoint: Checkpoint, entered: Entered, ema
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     if checkpoint.world_size == accelerator.num_processes:
-        moved = {**entered.statistics, **ema_statistics(ema, entered)}
+        moved = {**entered.statistics, **statistics_of(averages or {}, entered)}
         for name, of_all in state["statistics"].items():
             moved[name].copy_(of_all[accelerator.process_index])
 
@@ -141,9 +141,11 @@ def _split(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str,
     return {**state, "state": split}
 
 
-def ema_statistics(ema: nn.Module | None, entered: Entered) -> dict[str, Tensor]:
-    """The running statistics that training moves, as the model with averaged weights has them."""
-    if ema is None:
-        return {}
-    buffers = dict(ema.named_buffers())
-    return {f"{EMA_PREFIX}{name}": buffers[name] for name in entered.statistics}
+def statistics_of(averages: Mapping[str, nn.Module], entered: Entered) -> dict[str, Tensor]:
+    """The running statistics that training moves as averaged models have them, ``{"ema/bn1.running_mean": ...}``."""
+    return {
+        f"{kind}/{name}": buffer
+        for kind, model in averages.items()
+        for name, buffer in model.named_buffers()
+        if name in entered.statistics
+    }

@@ -28,13 +28,14 @@ NEEDS = {  # flag: what another flag must be for it to have an effect
 LOWEST = {  # smallest value: whole numbers
     0: (
         *("workers", "freeze_epochs", "epochs", "seed", "save_every", "check_steps", "near_bits"),
-        *("bootstrap", "latency_repeats"),
+        *("bootstrap", "latency_repeats", "swa_epochs"),
     ),
     1: (
         *("limit_train", "limit_eval", "batch_size", "micro_batch", "lr_batch"),
         *("keep", "log_every", "threads", "max_steps", "max_skipped", "overfit_steps", "min_side"),
         *("finder_sweeps", "top_k", "check_images", "trials"),
     ),
+    2: ("batch_norm_images",),
     10: ("finder_steps",),
 }
 GROUPS_OF_RECIPES = {
@@ -115,6 +116,7 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
     check("give a number in [0, 1)", lambda x: 0 <= x < 1, "drop_rate", "drop_path_rate", "label_smoothing")
     check("give a share in (0, 1]", lambda x: 0 < x <= 1, "crop_pct")
     check("give a decay between 0 and 1, for example 0.999", lambda x: 0 < x < 1, "ema_decay")
+    check("give a fraction of the peak in (0, 1], for example 0.5", lambda x: 0 < x <= 1, "swa_lr")
     check("give a fraction between 0 and 1, for example 0.25", lambda x: 0 < x < 1, "val_fraction")
     _refuse(
         values["lr"] == "auto" or above_0(values["lr"]), "lr", values, "give auto or a rate above 0, for example 3e-4"
@@ -189,6 +191,14 @@ def _refuse_idle(flags: Flags, values: Mapping[str, Any], typed: Sequence[str], 
             )
     if "shuffle_gb" in typed and not flags.data.streaming:
         raise UserError(f"--shuffle-gb {values['shuffle_gb']:g} has no effect without --streaming. Drop it.")
+    still = all(stage.batch_norm == "frozen" for stage in stages)
+    if "batch_norm_images" in typed and still:
+        raise UserError(
+            f"--batch-norm-images {values['batch_norm_images']} has no effect with --batch-norm frozen, which keeps "
+            "the statistics of the weights. Drop it, or choose --batch-norm train or sync."
+        )
+    if values["snapshots"] and not any(stage.schedule == "sgdr" for stage in stages):
+        raise UserError("--snapshots keeps the ends of sgdr cycles; add --schedule sgdr with --cycle-epochs.")
     for key in ("mixup", "cutmix"):
         if values[key] and all(stage.cache_features for stage in stages):
             raise UserError(
@@ -287,7 +297,17 @@ def _check_combinations(flags: Flags) -> None:
         )
     if model.init == "zero":
         raise UserError("--init zero: a network of zeros gets no gradient. Choose kaiming, xavier or orthogonal.")
-    if flags.run.best_of == "ema" and flags.regularisation.ema_decay is None:
-        raise UserError("--best-of ema needs averaged weights; add --ema-decay, for example 0.999.")
+    _check_averages(flags)
     if staging.cache_features and not staging.freeze_epochs:
         raise UserError("--cache-features is for the head-only epochs, but --freeze-epochs is 0. Raise it.")
+
+
+def _check_averages(flags: Flags) -> None:
+    """Averages that nobody keeps can't be chosen."""
+    averages, best_of = flags.averages, flags.run.best_of
+    if best_of == "ema" and flags.regularisation.ema_decay is None:
+        raise UserError("--best-of ema needs averaged weights; add --ema-decay, for example 0.999.")
+    if best_of == "swa" and not averages.swa_epochs:
+        raise UserError("--best-of swa needs an average of the last epochs; add --swa-epochs, for example 5.")
+    if averages.swa_lr is not None and not averages.swa_epochs:
+        raise UserError(f"--swa-lr {averages.swa_lr:g} is the rate of --swa-epochs, which is 0. Give the epochs, too.")

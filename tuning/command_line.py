@@ -218,6 +218,7 @@ def resolve_stages(flags: Flags, listed: list[Any] | None = None, where: str = "
     else:
         staging = flags.staging
         stages = standard_stages(base, staging.freeze_epochs, staging.freeze_lr, staging.unfreeze)
+    stages = [*(dataclasses.replace(stage, swa_epochs=0, swa_lr=None) for stage in stages[:-1]), stages[-1]]
     for stage in stages:
         check_stage(stage)
         refuse_sampling(stage, flags)

@@ -229,10 +229,20 @@ def stage_rows(plan: Sequence[StagePlan]) -> list[tuple[str, ...]]:
                 f"{batch.batch_size} = {batch.world_size} x {batch.accumulation} x {batch.micro_batch}",
                 str(planned.image_size),
                 f"{rates[0]:.3g} .. {rates[-1]:.3g}" + (" or found" if stage.find_lr else ""),
-                f"{stage.optimizer}, {stage.schedule}" + (", features once" if stage.cache_features else ""),
+                f"{stage.optimizer}, {stage.schedule}"
+                + (", features once" if stage.cache_features else "")
+                + _said(planned),
             )
         )
     return rows
+
+
+def _said(planned: StagePlan) -> str:
+    """What becomes of BatchNorm, and how many weights SWA averages."""
+    norm, averaged = f", BatchNorm {planned.stage.batch_norm}", len(planned.swa_steps)
+    if planned.stage.batch_norm == "sync" and planned.batch.world_size == 1:
+        norm += " (one process: train)"
+    return (norm if planned.keeps_statistics else "") + (f", SWA of {averaged}" if averaged else "")
 
 
 def shown_path(path: Path) -> str:

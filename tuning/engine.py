@@ -123,7 +123,7 @@ def _attempt(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        if is_sharded(entered.model):
+        if is_sharded(entered.model) or entered.synchronised:  # the others wait in the middle of the pass
             raise lost_share(step + 1) from None
         said = one_line(error)
     if mine is None:  # out here nothing holds the traceback any more, and with it the activations

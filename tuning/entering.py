@@ -12,6 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from tuning.agreement import running_statistics
+from tuning.batch_norm import synchronise
 from tuning.depth import closed_eval, freeze_batch_norm, open_names, set_open
 from tuning.groups import param_groups, set_peak_lrs
 from tuning.optimizers import create_optimizer, start_momentum
@@ -33,6 +34,7 @@ class Entered:
         factor: optimizer step within the stage -> factor of every group's peak LR.
         layer_decay: LR factor from one layer to the next lower one.
         statistics: running statistics of norms that this stage moves, ``{name: buffer}``.
+        synchronised: processes exchange statistics of BatchNorm in every forward pass.
     """
 
     stage: Stage
@@ -43,6 +45,7 @@ class Entered:
     factor: Callable[[int], float]
     layer_decay: float
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    synchronised: bool = False
 
     def train_mode(self) -> None:
         """Training mode for open layers, evaluation mode for closed ones (their BatchNorm and dropout rest)."""
@@ -87,11 +90,14 @@ def enter_stage(
         accelerator._optimizers.clear()
         optimizer = accelerator.prepare_optimizer(create_optimizer(stage.optimizer, groups, stage.momentum))
     trained = HeadOnly(model) if stage.cache_features else model
+    synchronise(model, False)  # on a CPU DDP refuses to wrap such layers, without need
     wrapped = accelerator.prepare_model(trained, evaluation_mode=is_sharded(model))
     factor = stage.factor(planned.steps_per_epoch)
     entered = Entered(stage, model, trained, wrapped, optimizer, factor, decay)
     entered.train_mode()
     entered.statistics = running_statistics(model)
+    entered.synchronised = stage.batch_norm == "sync" and accelerator.num_processes > 1 and bool(entered.statistics)
+    synchronise(model, entered.synchronised)
     start_momentum(optimizer.optimizer)
     return entered
 

@@ -2,38 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tuning.agreement import average_statistics
-from tuning.checkpoint import ema_statistics
 from tuning.data.loader import Micro
 from tuning.entering import Entered, HeadOnly
 from tuning.errors import UserError
 from tuning.gathering import gathered
 from tuning.losses import cross_entropy
 from tuning.metrics import classification_metrics, rank_classes
+from tuning.norm_statistics import NormStatistics
 from tuning.out_of_memory import InParts
 
 TEMPERATURES = tuple(10 ** (tenth / 10) for tenth in range(-15, 31))  # a loss changes little between two
 
 
+class Judged(NamedTuple):
+    """Weights to evaluate.
+
+    Attributes:
+        whose: their name in the curves: ``eval``, ``eval_ema`` or ``eval_swa``.
+        model: the raw model that has them.
+        part: what to evaluate: `model`, or its head where the features are cached.
+    """
+
+    whose: str
+    model: nn.Module
+    part: nn.Module
+
+
 def judges(
-    entered: Entered, judged: nn.Module, ema: nn.Module | None
-) -> Iterator[tuple[str, nn.Module, Iterable[Tensor]]]:
-    """Whose metrics are taken: name, what to evaluate, and the running statistics to average over processes first.
+    accelerator: Accelerator,
+    entered: Entered,
+    part: nn.Module,
+    averages: Mapping[str, nn.Module],
+    anew: NormStatistics,
+    image_size: int,
+) -> Iterator[Judged]:
+    """The trained weights and their averages, one after the other, the same on every process while it is looked at.
+
+    Running statistics that training moves are averaged over processes; where that was asked for, and always for SWA,
+    they are taken anew until the next one is asked for. Training goes on with its own.
 
     Args:
-        judged: the raw model, or its head on cached features.
-        ema: the model with averaged weights, where there is one.
+        part: the raw model, or its head on cached features.
+        averages: models with averaged weights by name.
+        image_size: of the stage, in pixels.
     """
-    yield "eval", judged, entered.statistics.values()
-    if ema is not None:
-        averaged = HeadOnly(ema) if entered.stage.cache_features else ema
-        yield "eval_ema", averaged, ema_statistics(ema, entered).values()
+    moved = list(entered.statistics)
+    for name, model in {"": entered.model, **averages}.items():
+        buffers = dict(model.named_buffers())
+        average_statistics(accelerator, [buffers[statistic] for statistic in moved])
+        of_average = HeadOnly(model) if entered.stage.cache_features else model
+        judged = Judged(f"eval_{name}", model, of_average) if name else Judged("eval", model, part)
+        with anew.estimated(model, moved if anew.wanted or name == "swa" else (), image_size):
+            yield judged
 
 
 def evaluate(

@@ -14,6 +14,7 @@ from tuning.progress import Progress
 
 MANIFEST = "manifest.json"
 WEIGHTS, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.pt"
+AVERAGE = "{}.safetensors"  # of averaged weights by name
 FORMAT = 1
 
 

@@ -147,10 +147,10 @@ def no_second_attempt(step: int) -> Iterator[None]:
 
 
 def lost_share(step: int) -> UserError:
-    """Memory ran out on this process in optimizer step *step*, while others wait for its share of the model."""
+    """Memory ran out on this process in optimizer step *step*, while others wait for its share within the pass."""
     return UserError(
-        f"out of memory at step {step}: under FSDP, where every process needs the others' shares, the attempt can't be "
-        "taken back. Give a smaller --micro-batch."
+        f"out of memory at step {step}: under FSDP or with --batch-norm sync, where processes need one another within "
+        "the pass, the attempt can't be taken back. Give a smaller --micro-batch."
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
 from torch import nn
 
+from tuning.batch_norm import norms, refuse_foreign_norms
 from tuning.depth import open_names
 from tuning.errors import UserError
 from tuning.groups import decay_for_ratio, param_groups
@@ -47,6 +48,7 @@ class StagePlan:
         steps_per_epoch: optimizer steps of one pass over the data; the last may be short.
         layer_decay: LR factor from one layer to the next lower one.
         groups: every parameter group, stem first.
+        keeps_statistics: open layers have running statistics, which `Stage.batch_norm` is about.
     """
 
     stage: Stage
@@ -55,6 +57,7 @@ class StagePlan:
     steps_per_epoch: int
     layer_decay: float
     groups: tuple[GroupPlan, ...]
+    keeps_statistics: bool = False
 
     @property
     def steps(self) -> int:
@@ -65,6 +68,16 @@ class StagePlan:
     def open_parameters(self) -> int:
         """Elements that the stage trains."""
         return sum(group.open_parameters for group in self.groups)
+
+    @property
+    def swa_steps(self) -> tuple[int, ...]:
+        """Steps of the stage after which SWA takes in its weights: ends of SGDR cycles, without cycles of epochs.
+
+        Those of the last `Stage.swa_epochs` epochs; none without SWA.
+        """
+        cycles = self.stage.cycle_ends(self.steps_per_epoch) if self.stage.swa_lr is None else []
+        ends = cycles or range(self.steps_per_epoch, self.steps + 1, self.steps_per_epoch)
+        return tuple(end for end in ends if end > self.steps - self.stage.swa_epochs * self.steps_per_epoch)
 
     def lrs(self) -> Iterator[dict[str, float]]:
         """Learning rate of every open group at every step of the stage."""
@@ -132,7 +145,28 @@ def _plan_stage(
     decay = stage.layer_decay if stage.layer_decay is not None else decay_for_ratio(model, stage.lr_ratio or 1.0)
     groups = _plan_groups(stage, model, decay)
     _refuse_equal_rates(stage, groups)
-    return StagePlan(stage, batch, image_size, batch.steps_per_epoch(train_images), decay, groups)
+    per_epoch, opened = batch.steps_per_epoch(train_images), open_names(model, stage.open)
+    planned = StagePlan(stage, batch, image_size, per_epoch, decay, groups, _keeps_statistics(model, opened))
+    if planned.keeps_statistics and stage.batch_norm == "sync":
+        refuse_foreign_norms(model, f"stage {stage.name!r}: --batch-norm sync")
+    if stage.swa_epochs and len(planned.swa_steps) < 2:
+        raise UserError(
+            f"stage {stage.name!r}: --swa-epochs {stage.swa_epochs} averages at {len(planned.swa_steps)} ends of "
+            f"{'sgdr cycles' if stage.cycle_ends(per_epoch) else 'epochs'}; an average needs 2. Raise it, or choose "
+            "shorter cycles by --cycle-epochs."
+        )
+    return planned
+
+
+def _keeps_statistics(model: nn.Module, opened: Set[str]) -> bool:
+    """Whether a layer with running statistics is among the open ones; one without parameters counts as open."""
+    return any(
+        not names or not opened.isdisjoint(names)
+        for names in (
+            frozenset(f"{layer}.{name}" for name, _ in module.named_parameters(recurse=False))
+            for layer, module in norms(model).items()
+        )
+    )
 
 
 def _plan_groups(stage: Stage, model: nn.Module, decay: float) -> tuple[GroupPlan, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,22 @@ def draw_curves(metrics: Path, path: Path) -> None:
     """Training loss, evaluation metrics, gradient norm and learning rates from ``metrics.jsonl``."""
     records = read_records(metrics)
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    _panel(axes[0, 0], records, ["train/loss", "eval/loss", "eval_ema/loss"], "loss")
-    judged = ["eval/top1", "eval/balanced_accuracy", "eval/macro_f1", "eval/top5", "eval_ema/balanced_accuracy"]
+    _panel(axes[0, 0], records, ["train/loss", "eval/loss", "eval_ema/loss", "eval_swa/loss"], "loss")
+    judged = ["eval/top1", "eval/balanced_accuracy", "eval/macro_f1", "eval/top5"]
+    judged += ["eval_ema/balanced_accuracy", "eval_swa/balanced_accuracy"]
     _panel(axes[0, 1], records, judged, "evaluation, fraction")
     _panel(axes[1, 0], records, ["train/grad_norm"], "gradient norm before clipping")
     lrs = sorted({key for record in records for key in record if key.startswith("lr/")})
     _panel(axes[1, 1], records, [lrs[0], lrs[-1]] if len(lrs) > 1 else lrs, "learning rate, stem and head")
+    save(figure, path)
+
+
+def draw_bars(values: Mapping[str, float], title: str, path: Path) -> None:
+    """One bar a name, with its value."""
+    figure, axes = plt.subplots(figsize=(1.5 + 0.9 * len(values), 4), layout="constrained")
+    axes.bar_label(axes.bar(list(values), list(values.values())), fmt="{:.3f}", fontsize=8)
+    axes.set(title=title)
+    axes.margins(y=0.15)
     save(figure, path)
 
 

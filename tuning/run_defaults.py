@@ -15,9 +15,9 @@ KEPT = (*field_types(DataFlags), "seed")  # the seed decides which pictures are 
 
 
 def run_of(folder: Path) -> Path | None:
-    """The run that a folder belongs to: itself, or that of its ``model/`` or of one of its checkpoints."""
+    """The run that a folder belongs to: itself, or that of its ``model/``, a checkpoint or a snapshot."""
     folder = folder.expanduser().resolve()
-    above = {"model": folder.parent, "checkpoints": folder.parent.parent}
+    above = {"model": folder.parent, "checkpoints": folder.parent.parent, "snapshots": folder.parent.parent}
     for found in (folder, above.get(folder.name), above.get(folder.parent.name)):
         if found is not None and (found / CONFIG).is_file():
             return found

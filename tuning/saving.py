@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tuning.checkpoint import EMA_PREFIX, checkpoints, ema_statistics, name_of, prune, remove
+from tuning.checkpoint import checkpoints, name_of, prune, remove, statistics_of
 from tuning.entering import Entered
-from tuning.manifest import EMA, FORMAT, MANIFEST, OPTIMIZER, WEIGHTS, digest, sealed
+from tuning.manifest import AVERAGE, FORMAT, MANIFEST, OPTIMIZER, WEIGHTS, digest, sealed
 from tuning.progress import Progress
 from tuning.run_folder import settled_hash
 from tuning.sharding import is_sharded, whole
@@ -33,7 +33,7 @@ class _Staged:
     step: int
     best_step: int | None
     weights: dict[str, Tensor]
-    ema: dict[str, Tensor] | None
+    averages: dict[str, dict[str, Tensor]]
     optimizer: dict[str, Any]
     manifest: dict[str, Any]
 
@@ -80,7 +80,7 @@ class Saver:
         self,
         entered: Entered,
         progress: Progress,
-        ema: nn.Module | None = None,
+        averages: Mapping[str, nn.Module] | None = None,
         first: Callable[[], None] = lambda: None,
     ) -> None:
         """Stage the state of this step and begin to write ``checkpoints/step-XXXXXXXX``. All processes call it.
@@ -88,16 +88,17 @@ class Saver:
         Nothing that is trained changes by it. Waits for the checkpoint before.
 
         Args:
-            ema: the model with averaged weights, where there is one.
+            averages: the models with averaged weights that have begun, by name.
             first: called in the writing thread before the checkpoint appears.
         """
-        moved = {**entered.statistics, **ema_statistics(ema, entered)}
+        averages = averages or {}
+        moved = {**entered.statistics, **statistics_of(averages, entered)}
         statistics = _of_all_processes(self._accelerator, moved)
         main = self._accelerator.is_main_process
         if main:
             self.wait()
         if main or is_sharded(entered.model):  # then all gather the shares, and rank 0 keeps them
-            staged = self._stage(entered, progress, ema, statistics)
+            staged = self._stage(entered, progress, averages, statistics)
         if main:
             self._thread = threading.Thread(target=self._write, args=(staged, first), name="checkpoint")
             self._thread.start()
@@ -113,14 +114,18 @@ class Saver:
         return self._stop_on_error and bool(self.failure)
 
     def _stage(
-        self, entered: Entered, progress: Progress, ema: nn.Module | None, statistics: dict[str, Tensor]
+        self,
+        entered: Entered,
+        progress: Progress,
+        averages: Mapping[str, nn.Module],
+        statistics: dict[str, Tensor],
     ) -> _Staged:
         scaler, keep = self._accelerator.scaler, self._accelerator.is_main_process
         weights = tensors_of(entered.model, keep)
-        averaged = tensors_of(ema, keep) if ema is not None else {}
+        averaged = {name: tensors_of(average, keep) for name, average in averages.items()}
         for name, of_all in statistics.items() if keep else ():
-            kind = averaged if name.startswith(EMA_PREFIX) else weights
-            kind[name.removeprefix(EMA_PREFIX)] = of_all.mean(0)
+            kind, _, own = name.rpartition("/")
+            (averaged[kind] if kind else weights)[own] = of_all.mean(0)
         state = {
             "optimizer": _copied(entered.optimizer.state_dict(), keep),
             "scaler": scaler.state_dict() if scaler is not None else None,
@@ -128,7 +133,7 @@ class Saver:
         }
         world_size = self._accelerator.num_processes
         manifest = {"format": FORMAT, "progress": progress.to_json(), "world_size": world_size, **self._facts}
-        return _Staged(progress.step, progress.best_step, weights, averaged or None, state, manifest)
+        return _Staged(progress.step, progress.best_step, weights, averaged, state, manifest)
 
     def _write(self, staged: _Staged, first: Callable[[], None]) -> None:
         folder = checkpoints(self._run) / name_of(staged.step)
@@ -137,15 +142,15 @@ class Saver:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             save_file(staged.weights, temporary / WEIGHTS)
-            if staged.ema is not None:
-                save_file(staged.ema, temporary / EMA)
+            for name, average in staged.averages.items():
+                save_file(average, temporary / AVERAGE.format(name))
             torch.save(staged.optimizer, temporary / OPTIMIZER)
             _finish(temporary, staged.manifest)
             first()
             if folder.exists():  # of an earlier continuation
                 remove(folder)
             temporary.rename(folder)
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
             self.failure = ""
             prune(self._run, self._keep, staged.best_step)
         except Exception as error:  # safetensors and torch.save have types of their own for a full disk
@@ -201,10 +206,11 @@ def _finish(folder: Path, manifest: dict[str, Any]) -> None:
     for path in folder.iterdir():
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Put the names in *folder* on the disk."""
     if hasattr(os, "O_DIRECTORY"):  # Windows can't open a folder
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         os.fsync(handle)

@@ -137,6 +137,17 @@ def with_warmup(schedule: Schedule, steps: int) -> Schedule:
     return lambda step: (step + 1) / (steps + 1) * schedule(0) if step < steps else schedule(step - steps)
 
 
+def then_constant(schedule: Schedule, steps: int, factor: float) -> Schedule:
+    """*schedule* for *steps* steps, and *factor* from then on: the constant rate of SWA.
+
+    Args: *steps* in optimizer steps; *factor* as a fraction of the peak. Raises ValueError on a bad value. Izmailov et
+    al. 2018, arXiv:1803.05407.
+    """
+    _check_count("steps", steps, least=0)
+    _check_fraction("factor", factor)
+    return lambda step: schedule(step) if step < steps else factor
+
+
 def _anneal(begin: float, end: float, progress: float) -> float:
     """Half a cosine from *begin* at progress 0 to *end* at progress 1."""
     return end + (begin - end) * (1 + math.cos(math.pi * progress)) / 2

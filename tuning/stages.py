@@ -39,6 +39,7 @@ class Stage:
         sampling: how often an epoch takes the images of a class.
         random_erasing: probability; None = that of the strength, `erases`.
         color: auto is settled by the pictures before the plan is made.
+        swa_epochs, swa_lr: of the last stage, by their flags.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Stage:
     lr_floor: float
     batch_size: int
     image_size: int | None
-    batch_norm: Literal["frozen", "train"]
+    batch_norm: Literal["frozen", "train", "sync"]
     augment: AugmentName
     cache_features: bool
     find_lr: bool = False
@@ -69,6 +70,8 @@ class Stage:
     sampling: SamplingName = "shuffle"
     random_erasing: float | None = None
     color: ColorName = "auto"
+    swa_epochs: int = 0
+    swa_lr: float | None = None
 
     @property
     def mixes(self) -> bool:
@@ -90,9 +93,12 @@ class Stage:
     def factor(self, steps_per_epoch: int) -> Callable[[int], float]:
         """The schedule: optimizer step within the stage -> factor of the peak LR."""
         total = self.steps(steps_per_epoch)
+        if self.swa_lr is not None:
+            total -= self.swa_epochs * steps_per_epoch
         warmup = round(self.warmup_epochs * steps_per_epoch)
         rest = max(1, total - warmup)
-        return schedules.with_warmup(self._shape(rest, steps_per_epoch), warmup)
+        shape = schedules.with_warmup(self._shape(rest, steps_per_epoch), warmup)
+        return shape if self.swa_lr is None else schedules.then_constant(shape, total, self.swa_lr)
 
     def _shape(self, steps: int, steps_per_epoch: int) -> Callable[[int], float]:
         def in_steps(epochs: float | None, default: float) -> int:
@@ -112,6 +118,15 @@ class Stage:
                 return schedules.step_decay(in_steps(self.step_epochs, steps / 3), self.step_gamma)
             case "triangular":
                 return schedules.triangular(max(1, in_steps(self.cycle_epochs, steps) // 2), self.lr_floor)
+
+    def cycle_ends(self, steps_per_epoch: int) -> list[int]:
+        """Steps of the stage after which an SGDR cycle is complete, ascending."""
+        if self.schedule != "sgdr":
+            return []
+        warmup = round(self.warmup_epochs * steps_per_epoch)
+        steps = self.steps(steps_per_epoch) - warmup
+        first = steps if self.cycle_epochs is None else max(1, round(self.cycle_epochs * steps_per_epoch))
+        return [warmup + end for end in schedules.restarts(first, self.cycle_mult, steps + 1)]
 
     def cut_cycle(self, steps_per_epoch: int) -> str | None:
         """A warning when the stage ends inside an SGDR cycle, at a learning rate that has not come down yet."""
@@ -155,6 +170,7 @@ def check_stage(stage: Stage) -> None:
     refuse(0 < stage.step_gamma <= 1, "step_gamma", "give a factor in (0, 1]")
     refuse(stage.layer_decay is None or 0 < stage.layer_decay <= 1, "layer_decay", "give a factor in (0, 1]")
     refuse(stage.lr_ratio is None or 0 < stage.lr_ratio <= 1, "lr_ratio", "give a ratio in (0, 1]")
+    refuse(stage.swa_epochs <= stage.epochs, "swa_epochs", f"the last stage has {stage.epochs} epochs, give no more")
     for key in ("mixup", "cutmix"):
         alpha = getattr(stage, key)
         refuse(alpha == 0 or 0.01 <= alpha <= 100, key, "give 0 for off, or a number from 0.01 to 100, for example 0.2")
@@ -204,7 +220,8 @@ def read_stages(listed: Sequence[Mapping[str, Any]], base: Stage, where: str) ->
 
 
 def _read_stage(entry: Mapping[str, Any], base: Stage, where: str) -> Stage:
-    types = {key: kind for key, kind in field_types(Stage).items() if key != "find_lr"}  # which is lr: auto
+    not_keys = ("find_lr", "swa_epochs", "swa_lr")  # the first is lr: auto, the others belong to the last stage
+    types = {key: kind for key, kind in field_types(Stage).items() if key not in not_keys}
     given: dict[str, Any] = {}
     for key, value in entry.items():
         key = as_key(key)

@@ -7,7 +7,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,35 +39,49 @@ def evaluations(metrics: Path, whose: str = "eval") -> list[dict[str, Any]]:
     return found
 
 
-def make_summary(folder: RunFolder, best_of: str, best_by: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+def contenders(best_of: str | None, ema_decay: float | None, swa_epochs: int) -> tuple[str, ...]:
+    """Whose evaluations choose ``model/``, as they are called in the curves, in the order in which they are made.
+
+    Args:
+        best_of, ema_decay, swa_epochs: the flags of these names.
+    """
+    chosen = best_of or ("any" if swa_epochs else "ema" if ema_decay else "raw")
+    kept = {"raw": "eval"} | ({"ema": "eval_ema"} if ema_decay else {}) | ({"swa": "eval_swa"} if swa_epochs else {})
+    return tuple(kept.values()) if chosen == "any" else (kept[chosen],)
+
+
+def make_summary(folder: RunFolder, best_of: Sequence[str], best_by: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The summary of a finished run.
 
     Args:
-        best_of: whose evaluations: ``eval`` or ``eval_ema``.
+        best_of: from `contenders`; the summary names the one whose weights are in ``model/``.
         best_by: metric that chose ``model/``.
         facts: what only the recipe knows: seconds, world size, numbers of images ...
     """
-    judged = evaluations(folder.metrics, best_of)
+    judged = {whose: evaluations(folder.metrics, whose) for whose in best_of}
+    in_order = sorted(((one, whose) for whose in best_of for one in judged[whose]), key=lambda entry: entry[0]["step"])
+    best, winner = _best(in_order, best_by)
     return {
         "status": "done",
-        "best": _best(judged, best_by),
+        "best": best,
         "best_by": best_by,
-        "best_of": best_of,
-        "final": judged[-1] if judged else None,
+        "best_of": winner or best_of[0],
+        "final": next(iter(judged[winner or best_of[0]][-1:]), None),
         **facts,
         "versions": versions(),
         "git_commit": git_commit(),
     }
 
 
-def _best(judged: Iterable[dict[str, Any]], best_by: str) -> dict[str, Any] | None:
-    best, value_of_best = None, None
-    for one in judged:
+def _best(judged: Iterable[tuple[dict[str, Any], str]], best_by: str) -> tuple[dict[str, Any] | None, str | None]:
+    """The best evaluation, and whose it is."""
+    best, winner, value_of_best = None, None, None
+    for one, whose in judged:
         value = one.get(best_by)
         value = math.nan if value is None else value
         if better(value, value_of_best, best_by):
-            best, value_of_best = one, value
-    return best
+            best, winner, value_of_best = one, whose, value
+    return best, winner
 
 
 def versions() -> dict[str, str | None]:

@@ -252,7 +252,7 @@ def as_lines(records: Sequence[tuple[Any, dict[str, Any]]]) -> bytes:
 def read_everywhere(folder: Path, content: bytes, pictures: bool) -> None:
     run = RunFolder(folder)
     run.metrics.write_bytes(content)
-    json.dumps(make_summary(run, "eval", "top1", {}), allow_nan=False)
+    json.dumps(make_summary(run, ("eval",), "top1", {}), allow_nan=False)
     if pictures:
         draw_curves(run.metrics, run.plots / "curves.png")
         assert (run.plots / "curves.png").stat().st_size

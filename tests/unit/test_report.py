@@ -61,7 +61,7 @@ def written(tmp_path: Path, data: Data, seen: Overview | None, problem: str = ""
     if seen:
         drawing.draw_all(seen, folder.plots)
     facts = {"seconds": 12.0, "images_per_second": 90.0, "world_size": 1, "unreadable": {"train": 1, "eval": 0}}
-    report.write(folder, make_summary(folder, "eval", "balanced_accuracy", facts), TOLD, data, seen, problem)
+    report.write(folder, make_summary(folder, ("eval",), "balanced_accuracy", facts), TOLD, data, seen, problem)
     return folder.report.read_text(encoding="utf-8")
 
 

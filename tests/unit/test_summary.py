@@ -46,9 +46,28 @@ def folder(tmp_path: Path) -> RunFolder:
     return run
 
 
+def test_the_best_of_several_is_named(tmp_path: Path) -> None:
+    """Of equals the earlier, and at one step the raw weights, as in the run."""
+    folder = RunFolder(tmp_path)
+    lines = [
+        {"step": 5, "epoch": 1, "eval/loss": 0.9, "eval/top1": 0.5},
+        {"step": 10, "epoch": 2, "eval/loss": 0.8, "eval/top1": 0.6, "eval_swa/loss": 0.7, "eval_swa/top1": 0.7},
+        {"step": 15, "epoch": 3, "eval/loss": 0.7, "eval/top1": 0.7, "eval_swa/loss": 0.6, "eval_swa/top1": 0.7},
+    ]
+    folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    made = make_summary(folder, ("eval", "eval_swa"), "top1", {})
+    assert (made["best_of"], made["best"]["step"], made["final"]["step"]) == ("eval_swa", 10, 15)
+    assert made["final"]["loss"] == 0.6
+    made = make_summary(folder, ("eval", "eval_swa"), "loss", {})
+    assert (made["best_of"], made["best"]["step"]) == ("eval_swa", 15)
+    assert make_summary(folder, ("eval",), "loss", {})["best"]["loss"] == 0.7
+    folder.metrics.write_text("")
+    assert make_summary(folder, ("eval", "eval_swa"), "loss", {})["best_of"] == "eval"
+
+
 @pytest.mark.parametrize(("best_by", "step"), [("top1", 10), ("balanced_accuracy", 5), ("loss", 10)])
 def test_the_first_of_the_best_is_best(folder: RunFolder, best_by: str, step: int) -> None:
-    made = make_summary(folder, "eval", best_by, {"world_size": 2})
+    made = make_summary(folder, ("eval",), best_by, {"world_size": 2})
     assert made["status"] == "done"
     assert made["best"]["step"] == step
     assert made["final"] == {"step": 15, "epoch": 3, "top1": 0.9, "balanced_accuracy": 0.7, "loss": 0.6}
@@ -60,7 +79,7 @@ def test_the_first_of_the_best_is_best(folder: RunFolder, best_by: str, step: in
 
 def test_a_run_without_an_evaluation(folder: RunFolder) -> None:
     folder.metrics.write_text("")
-    made = make_summary(folder, "eval", "top1", {})
+    made = make_summary(folder, ("eval",), "top1", {})
     assert made["best"] is None
     assert made["final"] is None
 
@@ -104,18 +123,18 @@ def test_odd_records_are_summed_up(folder: RunFolder) -> None:
         b'{"step": 1, "eval/loss": null, "eval/top1": "x"}\n'
         b'{"step": 2, "epoch": 1, "eval/loss": [1], "eval/top1": NaN}\n' + b"\n".join(good) + b'\n{"step": 20, "eval/lo'
     )
-    made = make_summary(folder, "eval", "top1", {})
+    made = make_summary(folder, ("eval",), "top1", {})
     assert made["best"]["step"] == 10
     assert made["final"]["step"] == 15
     assert evaluations(folder.metrics, "eval")[0] == {"step": 1, "epoch": None, "loss": None, "top1": None}
     folder.write_summary(made)
     folder.metrics.unlink()
-    assert make_summary(folder, "eval", "top1", {})["best"] is None
+    assert make_summary(folder, ("eval",), "top1", {})["best"] is None
 
 
 def test_a_package_without_a_version_is_no_error(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(summary, "PACKAGES", ("of-this-name-there-is-none",))
-    assert make_summary(folder, "eval", "top1", {})["versions"]["of-this-name-there-is-none"] is None
+    assert make_summary(folder, ("eval",), "top1", {})["versions"]["of-this-name-there-is-none"] is None
 
 
 def test_success_writes_nothing(tmp_path: Path) -> None:

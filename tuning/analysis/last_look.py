@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def look_back(
         watch: `Boundary.watch`.
     """
     try:
-        size = load_best(accelerator, model, folder)
+        size = load_weights(accelerator, model, folder.model)
         feed = judging_feed(accelerator, data.eval, size, info, workers, Unreadable(data.folder))
         pieces = watch(stream(accelerator, model.eval(), feed, BATCHES), "the analysis of its mistakes")
         kept = [piece for piece in pieces if accelerator.is_main_process]
@@ -81,8 +82,16 @@ def look_back(
         return LastLook(problem=problem)
 
 
-def load_best(accelerator: Accelerator, model: nn.Module, folder: RunFolder) -> int:
-    """Give *model* the weights that rank 0 finds in ``model/``. All processes take part.
+def load_weights(
+    accelerator: Accelerator,
+    model: nn.Module,
+    folder: Path,
+    read: Callable[[], dict[str, Tensor]] | None = None,
+) -> int:
+    """Give *model* the weights that rank 0 finds in a timm folder such as ``model/``. All processes take part.
+
+    Args:
+        read: called on rank 0 for other weights than the folder's.
 
     Returns:
         the side of its input in pixels.
@@ -93,11 +102,11 @@ def load_best(accelerator: Accelerator, model: nn.Module, folder: RunFolder) -> 
     size, problem, best = None, "", dict[str, Tensor]()
     if accelerator.is_main_process:
         try:
-            size = look_up(f"{LOCAL}{folder.model}")[1]["input_size"][-1]
-            best = load_file(folder.model / "model.safetensors")
+            size = look_up(f"{LOCAL}{folder}")[1]["input_size"][-1]
+            best = read() if read else load_file(folder / "model.safetensors")
             load_whole(model, best)
         except Exception as error:  # whatever it is: the others must hear of it
-            problem = f"{folder.model} can't be loaded: {error}"
+            problem = f"{folder} can't be loaded: {error}"
     size, problem = broadcast_object_list([size, problem])
     if problem:
         raise RuntimeError(problem)

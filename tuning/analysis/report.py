@@ -155,7 +155,7 @@ def _evaluations(folder: RunFolder, summary: Mapping[str, Any]) -> dict[str, Any
         ]
         for one in shown
     ]
-    whose = "averaged weights" if summary["best_of"] == "eval_ema" else "weights"
+    whose = "weights" if summary["best_of"] == "eval" else "averaged weights"
     note = f"Of the {whose}. The same images chose which are the best, which flatters those a little."
     if len(judged) > EVALUATION_ROWS:
         note = f"The last {EVALUATION_ROWS} of {len(judged):,}; all are in metrics.jsonl. {note}"

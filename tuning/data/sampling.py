@@ -155,3 +155,19 @@ class EvalOrder:
     def _item(self, index: int) -> Item:
         filler = self.images - 1 if self.together else index % self.images
         return Item(0, index if index < self.images else filler, float(index < self.images))
+
+
+@dataclass(frozen=True)
+class SameBatches(EvalOrder):
+    """Every image once, in batches whose images depend on no number of processes: process r has the r-th of every W.
+
+    Batches are equally large up to one image. A process that runs out of them repeats one at weight 0.
+    """
+
+    def micro_batches(self) -> Iterator[list[Item]]:
+        """This process's batches, as many on every process."""
+        batches = -(-self.images // self.batch_size)
+        for number in range(self.rank, self.world_size * -(-batches // self.world_size), self.world_size):
+            batch = number % batches
+            first, end = (self.images * edge // batches for edge in (batch, batch + 1))
+            yield [Item(0, row, float(number < batches)) for row in range(first, end)]

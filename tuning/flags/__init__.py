@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tuning.flags.averages import AveragesFlags
 from tuning.flags.batch import BatchFlags
 from tuning.flags.check import CheckFlags
 from tuning.flags.data import DataFlags
@@ -29,6 +30,7 @@ from tuning.flags.sweep import SweepFlags
 
 __all__ = [
     "AugmentName",
+    "AveragesFlags",
     "BatchFlags",
     "CheckFlags",
     "ColorName",
@@ -63,6 +65,7 @@ class Flags:
     optimisation: OptimisationFlags = field(default_factory=OptimisationFlags)
     staging: StageFlags = field(default_factory=StageFlags)
     regularisation: RegularisationFlags = field(default_factory=RegularisationFlags)
+    averages: AveragesFlags = field(default_factory=AveragesFlags)
     overfit: OverfitFlags = field(default_factory=OverfitFlags)
     check: CheckFlags = field(default_factory=CheckFlags)
     export: ExportFlags = field(default_factory=ExportFlags)

@@ -43,8 +43,9 @@ class RunFlags:
     """Project of the tracker."""
     best_by: Literal["top1", "balanced_accuracy", "macro_f1", "loss"] = "balanced_accuracy"
     """Evaluation metric that chooses the weights in model/."""
-    best_of: Optional[Literal["raw", "ema"]] = None
-    """Whose evaluation chooses model/, and whose weights are kept there. Default: ema with --ema-decay, else raw."""
+    best_of: Optional[Literal["raw", "ema", "swa", "any"]] = None
+    """Whose evaluation chooses model/, and whose weights are kept there; any = whoever is best. Default: any with
+    --swa-epochs, ema with --ema-decay, else raw."""
     max_steps: Optional[int] = None
     """Stop after this many optimizer steps; the schedule is not shortened."""
     precision: Optional[Literal["fp32", "bf16", "fp16"]] = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Optional
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,10 @@ class StageFlags:
     """Epochs after --freeze-epochs. 0 = head only."""
     unfreeze: Literal["all", "gradual"] = "all"
     """Open everything at once, or from the top in four equal parts."""
-    batch_norm: Literal["auto", "frozen", "train"] = "auto"
-    """Statistics of BatchNorm in open layers: frozen keeps those of the weights, train follows the batches. auto =
-    frozen with pretrained weights, train without. Closed layers are always frozen."""
+    batch_norm: Literal["auto", "frozen", "train", "sync"] = "auto"
+    """Statistics of BatchNorm in open layers: frozen keeps those of the weights, train follows the batches of each
+    process, sync those of all. auto = frozen with pretrained weights, train without. Closed layers are always
+    frozen."""
+    batch_norm_images: Optional[int] = None
+    """Take them anew from this many training images for every evaluation and model/; training goes on with its own.
+    Default: none, but 2048 for averages of --swa-epochs and --snapshots."""

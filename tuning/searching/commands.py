@@ -14,6 +14,7 @@ from typing import Any
 from tuning.command_line import Command, parse_command
 from tuning.errors import UserError
 from tuning.searching.spaces import ARGS, Space
+from tuning.summary import contenders
 
 RECIPE = "recipes/finetune.py"
 LAUNCH = ("accelerate", "launch")
@@ -118,6 +119,10 @@ def edges(space: Space) -> list[dict[str, Any]]:
 
 
 def whose(command: Command) -> str:
-    """Whose evaluation chooses the weights of a trial, and its value: ``eval`` or ``eval_ema``."""
-    averaged = command.flags.regularisation.ema_decay is not None
-    return "eval_ema" if averaged and command.flags.run.best_of != "raw" else "eval"
+    """Whose evaluations show how a trial goes: ``eval_ema`` where an EMA may choose its weights, else ``eval``.
+
+    Not those of SWA, which come at its end.
+    """
+    flags = command.flags
+    chosen = contenders(flags.run.best_of, flags.regularisation.ema_decay, flags.averages.swa_epochs)
+    return "eval_ema" if "eval_ema" in chosen else "eval"
