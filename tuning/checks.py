@@ -115,9 +115,8 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
     check("give a share in (0, 1]", lambda x: 0 < x <= 1, "crop_pct")
     check("give a decay between 0 and 1, for example 0.999", lambda x: 0 < x < 1, "ema_decay")
     check("give a fraction between 0 and 1, for example 0.25", lambda x: 0 < x < 1, "val_fraction")
-    _refuse(
-        values["lr"] == "auto" or above_0(values["lr"]), "lr", values, "give auto or a rate above 0, for example 3e-4"
-    )
+    lr_ok = values["lr"] in (None, "auto") or above_0(values["lr"])
+    _refuse(lr_ok, "lr", values, "give auto or a rate above 0, for example 3e-4")
     check("give a learning rate above 0, for example 3e-4", above_0, "freeze_lr")
     check("give a learning rate above 0, for example 1e-6", above_0, "finder_start", "finder_end")
     check("give a number from 0, for example 2", lambda x: 0 <= x < math.inf, "focal_gamma")

@@ -88,9 +88,8 @@ class Speaker:
             self.say(f"note: {note}")
         self.show_stages(plan)
         self.show_groups(plan)
-        for warning in (planned.stage.cut_cycle(planned.steps_per_epoch) for planned in plan):
-            if warning:
-                self.say(f"note: {warning}")
+        for note in (note for planned in plan for note in planned.stage.notes(planned.steps_per_epoch)):
+            self.say(f"note: {note}")
 
     def say_resumed(self, start: Start, world_size: int) -> None:
         """Where the run goes on, if it does; which checkpoints were passed over; what can't be the same."""

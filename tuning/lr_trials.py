@@ -152,7 +152,7 @@ def race(trials: Trials, centre: float, steps: int) -> tuple[Candidate, ...]:
     stage = trials.entered.stage
     low, high = taken(stage.optimizer, part_of(stage, trials.entered.model))
     ran: dict[int, Candidate] = {}
-    warmup = min(steps // 5, round(stage.warmup_epochs * trials.feed.order.steps_per_epoch))
+    warmup = min(steps // 5, stage.warmup_steps(trials.feed.order.steps_per_epoch))
     shape = with_warmup(cosine(steps - warmup), warmup)
     while (rung := next_rung({rung: c.score for rung, c in ran.items()}, centre, low, high)) is not None:
         lr = rung_lr(centre, rung)

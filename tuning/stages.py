@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from tuning.flags import ScheduleName
 
 GRADUAL_PARTS = 4
 MOST_LAYERS = 10**6
+NOT_KEYS = ("find_lr", "new_optimizer")  # lr: auto, and what follows from the stage before
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Stage:
         cache_features: compute the input of the head once; for ``open: head`` only.
         find_lr: `lr` is kept only if the LR finder has no confident answer (``lr: auto``).
         mixup, cutmix: alpha, 0 = off; pictures alone are mixed, no cached features.
+        new_optimizer: the stage before names another one, so that this one starts without state.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Stage:
     find_lr: bool = False
     mixup: float = 0.0
     cutmix: float = 0.0
+    new_optimizer: bool = False
 
     @property
     def mixes(self) -> bool:
@@ -72,10 +75,15 @@ class Stage:
         """Optimizer steps of the whole stage."""
         return self.epochs * steps_per_epoch
 
+    def warmup_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the linear warm-up; at least one of those that a new optimizer is given."""
+        steps = round(self.warmup_epochs * steps_per_epoch)
+        return max(1, steps) if self.new_optimizer and self.warmup_epochs else steps
+
     def factor(self, steps_per_epoch: int) -> Callable[[int], float]:
         """The schedule: optimizer step within the stage -> factor of the peak LR."""
         total = self.steps(steps_per_epoch)
-        warmup = round(self.warmup_epochs * steps_per_epoch)
+        warmup = self.warmup_steps(steps_per_epoch)
         rest = max(1, total - warmup)
         return schedules.with_warmup(self._shape(rest, steps_per_epoch), warmup)
 
@@ -98,12 +106,21 @@ class Stage:
             case "triangular":
                 return schedules.triangular(max(1, in_steps(self.cycle_epochs, steps) // 2), self.lr_floor)
 
+    def notes(self, steps_per_epoch: int) -> Iterator[str]:
+        """What the plan says of the stage besides its numbers."""
+        if self.new_optimizer:
+            steps = self.warmup_steps(steps_per_epoch)
+            said = f"its learning rate rises over {steps} steps" if steps else "without a warm-up of its learning rate"
+            yield f"stage {self.name!r} starts a new optimizer, {self.optimizer}, {said}"
+        if cut := self.cut_cycle(steps_per_epoch):
+            yield cut
+
     def cut_cycle(self, steps_per_epoch: int) -> str | None:
         """A warning when the stage ends inside an SGDR cycle, at a learning rate that has not come down yet."""
         if self.schedule != "sgdr" or self.cycle_epochs is None:
             return None
         first, steps = max(1, round(self.cycle_epochs * steps_per_epoch)), self.steps(steps_per_epoch)
-        steps -= round(self.warmup_epochs * steps_per_epoch)
+        steps -= self.warmup_steps(steps_per_epoch)
         starts = [0, *schedules.restarts(first, self.cycle_mult, steps + 1)]
         if starts[-1] == steps:
             return None
@@ -187,7 +204,7 @@ def read_stages(listed: Sequence[Mapping[str, Any]], base: Stage, where: str) ->
 
 
 def _read_stage(entry: Mapping[str, Any], base: Stage, where: str) -> Stage:
-    types = {key: kind for key, kind in field_types(Stage).items() if key != "find_lr"}  # which is lr: auto
+    types = {key: kind for key, kind in field_types(Stage).items() if key not in NOT_KEYS}
     given: dict[str, Any] = {}
     for key, value in entry.items():
         key = as_key(key)

@@ -31,6 +31,7 @@ LAYER_0 += (
     "lr_curve",
     "lr_race",
     "lr_ranges",
+    "optimizer_defaults",
     "manifest",
 )
 LAYER_0 += ("run_defaults", "outputs", "exporting.preprocessing", "plain_command")
