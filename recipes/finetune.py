@@ -43,12 +43,13 @@ def finetune(command: Command) -> None:
     from tuning.model_card import card_of_run
     from tuning.models import keep_best
     from tuning.numerical_faults import NumericalFaults
-    from tuning.plan import StagePlan
+    from tuning.patience import count, curves_of, next_stage
+    from tuning.plan import StagePlan, last_step
     from tuning.preparing import data_and_model, objective, plan_stages
     from tuning.saving import Saver, tensors_of
     from tuning.sharding import asked, shard
     from tuning.stopping import Boundary, end_run
-    from tuning.summary import add_judged, better, failure_noted, is_done, make_summary
+    from tuning.summary import add_judged, better, failure_noted, make_summary, nothing_left
     from tuning.track import Curves, check_tracker, described, open_tracker, tracker_id
     from tuning.unreadable import UnreadablePictures
 
@@ -76,8 +77,8 @@ def finetune(command: Command) -> None:
     # 4. Where we are: at the start, or where an earlier run stopped.
     progress, found = start.progress, start.found
     planned_steps = sum(planned.steps for planned in plan)
-    earlier_seconds, last_step = progress.seconds, min(planned_steps, run.max_steps or 2**63)
-    if progress.step >= last_step and is_done(folder) and folder.report.exists():
+    earlier_seconds, ends_at = progress.seconds, last_step(plan, progress, run.max_steps)
+    if nothing_left(folder, progress.step, ends_at):
         speaker.say(f"Nothing left to do: the run in {folder.path} has made its {progress.step:,} steps.")
         return
     resuming.take_up(accelerator, start, command.config, data)
@@ -114,11 +115,13 @@ def finetune(command: Command) -> None:
             for whose, judge_this, statistics in judges(entered, feeds.judged, averaged):
                 pictures = boundary.watch(feeds.evaluation)
                 judged[whose] = evaluate(accelerator, judge_this, pictures, len(data.eval), classes, statistics)
-            progress.due = False
+            ends_epoch, progress.due = progress.due, False
             epoch = progress.epoch + progress.stage_step % planned.steps_per_epoch / planned.steps_per_epoch
-            curves.write_evaluation(judged, epoch, progress)
+            reached = session.same_everywhere(judged[best_of][run.best_by])
+            if ends_epoch:
+                count(progress, planned.stage, reached, run.best_by, planned.steps_per_epoch)
+            curves.write_evaluation(judged, epoch, progress, curves_of(progress, planned.stage))
             speaker.say_evaluation(stage, epoch, judged, curves.latest)
-            reached = judged[best_of][run.best_by]
             unreadable.check()
             if better(reached, progress.best, run.best_by):
                 at_size, main = replace(info, input_size=planned.image_size), accelerator.is_main_process
@@ -147,12 +150,12 @@ def finetune(command: Command) -> None:
             saver.save(entered, progress, averaged, first=curves.sync)
             boundary.saved()
 
-        judge_first = found is not None and (progress.due or progress.step == last_step)
+        judge_first = found is not None and (progress.due or progress.step == ends_at)
         entered = None
         accelerator.wait_for_everyone()
         interrupts.hold()  # from here on there is something to lose: a signal waits for the next boundary
         with saver, first_error():
-            while progress.step < last_step or judge_first:
+            while progress.stage < len(plan) and (progress.step < ends_at or judge_first):
                 planned = as_found(plan[progress.stage], progress)
                 entered = enter_stage(accelerator, model, planned, before=entered)
                 if found:
@@ -183,8 +186,8 @@ def finetune(command: Command) -> None:
                     curves.add(step, progress)
                     if step.step % run.log_every == 0:
                         unreadable.check()
-                    speaker.show_progress(planned.stage.name, step.step, last_step, curves.latest)
-                    asked, ends_run = boundary.agree(step.step), step.step == last_step
+                    speaker.show_progress(planned.stage.name, step.step, ends_at, curves.latest)
+                    asked, ends_run = boundary.agree(step.step), step.step == ends_at
                     progress.due = step.ends_stage or (step.ends_epoch and not planned.stage.cache_features)
                     if progress.due or ends_run or asked.stop or asked.save:
                         save()  # before the evaluation, so that nothing is lost while that runs
@@ -197,7 +200,9 @@ def finetune(command: Command) -> None:
 
                 refuse_drift(accelerator, model)
                 speaker.say_unreadable(unreadable.news())
-                progress.stage, progress.stage_step, progress.micro_batch = progress.stage + 1, 0, None
+                speaker.say_stage_over(planned, progress, run.best_by)
+                next_stage(progress)
+                ends_at = last_step(plan, progress, run.max_steps)
 
         # 7. Finish: summary, pictures, a last look at the mistakes, what to look at next.
         if accelerator.is_main_process:
@@ -210,6 +215,7 @@ def finetune(command: Command) -> None:
                 "precision": session.precision_name(accelerator),
                 "train_images": len(data.train),
                 "eval_images": len(data.eval),
+                "ended_early_at": progress.step if progress.step < min(planned_steps, run.max_steps or 2**63) else None,
                 "skipped_steps": progress.skipped,
                 "unreadable": unreadable.counts,
             }

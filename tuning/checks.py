@@ -19,8 +19,9 @@ NEEDS = {  # flag: what another flag must be for it to have an effect
     "cycle_mult": ("schedule", ("sgdr",)),
     "cycle_decay": ("schedule", ("sgdr",)),
     "step_epochs": ("schedule", ("step",)),
-    "step_gamma": ("schedule", ("step",)),
-    "lr_floor": ("schedule", ("cosine", "sgdr", "triangular")),
+    "step_gamma": ("schedule", ("step", "plateau")),
+    "plateau_patience": ("schedule", ("plateau",)),
+    "lr_floor": ("schedule", ("cosine", "sgdr", "triangular", "plateau")),
     "lr_batch": ("lr_scaling", ("linear", "sqrt")),
     "focal_gamma": ("loss", ("focal",)),
 }
@@ -32,7 +33,7 @@ LOWEST = {  # smallest value: whole numbers
     1: (
         *("limit_train", "limit_eval", "batch_size", "micro_batch", "lr_batch"),
         *("keep", "log_every", "threads", "max_steps", "max_skipped", "overfit_steps", "min_side"),
-        *("finder_sweeps", "top_k", "check_images", "trials"),
+        *("patience", "plateau_patience", "finder_sweeps", "top_k", "check_images", "trials"),
     ),
     10: ("finder_steps",),
 }
@@ -187,6 +188,11 @@ def _refuse_idle(flags: Flags, values: Mapping[str, Any], typed: Sequence[str], 
             )
     if "shuffle_gb" in typed and not flags.data.streaming:
         raise UserError(f"--shuffle-gb {values['shuffle_gb']:g} has no effect without --streaming. Drop it.")
+    if values["patience"] is not None and not any(stage.may_end_early for stage in stages):
+        raise UserError(
+            f"--patience {values['patience']} has no effect: no stage that is evaluated after every epoch has more than "
+            f"{values['patience'] + 1}. Lower it, raise --epochs, or drop it."
+        )
     for key in ("mixup", "cutmix"):
         if values[key] and all(stage.cache_features for stage in stages):
             raise UserError(

@@ -22,9 +22,11 @@ from tuning.data.tables import label_array
 from tuning.lr_finder import Found
 from tuning.models import ModelInfo
 from tuning.plan import StagePlan
+from tuning.progress import Progress
 from tuning.resuming import Start
 from tuning.run_folder import RunFolder
 from tuning.session import precision_name
+from tuning.stages import counted
 
 CLASSES_SHOWN = 8
 LOG_WIDTH = 140  # of tables in a log file, characters
@@ -133,6 +135,15 @@ class Speaker:
         for whose, metrics in judged.items():
             numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "images")
             self.say(f"{stage:>10}  epoch {epoch:<4g}  {whose}: {numbers}{trained if whose == 'eval' else ''}")
+
+    def say_stage_over(self, planned: StagePlan, progress: Progress, best_by: str) -> None:
+        """That evaluations have ended a stage, if they have."""
+        if progress.stage_over:
+            done, all_of_it = progress.stage_step // planned.steps_per_epoch, planned.stage.epochs
+            self.say(
+                f"{planned.stage.name:>10}  ends after {done} of {all_of_it} epochs: "
+                f"{counted(progress.waiting, 'evaluation')} in a row without a better {best_by}."
+            )
 
     def say_unreadable(self, names: Sequence[str]) -> None:
         """Pictures that could not be read, if any."""

@@ -36,6 +36,8 @@ class Stage:
         cache_features: compute the input of the head once; for ``open: head`` only.
         find_lr: `lr` is kept only if the LR finder has no confident answer (``lr: auto``).
         mixup, cutmix: alpha, 0 = off; pictures alone are mixed, no cached features.
+        patience: evaluations in a row without a better one after which the stage ends; None = it runs to its end.
+        plateau_patience: those after which the plateau schedule drops.
         new_optimizer: the stage before names another one, so that this one starts without state.
     """
 
@@ -64,12 +66,19 @@ class Stage:
     find_lr: bool = False
     mixup: float = 0.0
     cutmix: float = 0.0
+    patience: int | None = None
+    plateau_patience: int = 2
     new_optimizer: bool = False
 
     @property
     def mixes(self) -> bool:
         """Pictures are mixed with others."""
         return bool(self.mixup or self.cutmix) and not self.cache_features
+
+    @property
+    def may_end_early(self) -> bool:
+        """Evaluations may end the stage before its last epoch. On cached features there is one, at its end."""
+        return self.patience is not None and not self.cache_features and self.epochs > self.patience + 1
 
     def steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole stage."""
@@ -92,7 +101,7 @@ class Stage:
             return max(1, round(default if epochs is None else epochs * steps_per_epoch))
 
         match self.schedule:
-            case "constant":
+            case "constant" | "plateau":  # what a plateau does is `Progress.lr_factor`
                 return schedules.constant()
             case "cosine":
                 return schedules.cosine(steps, self.lr_floor)
@@ -112,6 +121,12 @@ class Stage:
             steps = self.warmup_steps(steps_per_epoch)
             said = f"its learning rate rises over {steps} steps" if steps else "without a warm-up of its learning rate"
             yield f"stage {self.name!r} starts a new optimizer, {self.optimizer}, {said}"
+        if self.schedule == "plateau":
+            every = counted(self.plateau_patience, "evaluation")
+            yield f"stage {self.name!r} drops to {self.step_gamma:g} of its learning rate after {every} without a better one"
+        if self.may_end_early:
+            every = counted(self.patience or 0, "evaluation")
+            yield f"stage {self.name!r} ends early after {every} in a row without a better one"
         if cut := self.cut_cycle(steps_per_epoch):
             yield cut
 
@@ -160,12 +175,43 @@ def check_stage(stage: Stage) -> None:
     for key in ("mixup", "cutmix"):
         alpha = getattr(stage, key)
         refuse(alpha == 0 or 0.01 <= alpha <= 100, key, "give 0 for off, or a number from 0.01 to 100, for example 0.2")
+    refuse(stage.patience is None or stage.patience >= 1, "patience", "give at least 1 evaluation")
+    refuse(stage.plateau_patience >= 1, "plateau_patience", "give at least 1 evaluation")
+    _check_patience(stage)
     if stage.layer_decay is not None and stage.lr_ratio is not None:
         raise UserError(
             f"stage {stage.name!r}: --layer-decay {stage.layer_decay} and --lr-ratio {stage.lr_ratio} exclude each "
             "other; give one of the two."
         )
     _check_open(stage)
+
+
+def _check_patience(stage: Stage) -> None:
+    """Refuse to end a stage where its learning rate has yet to come down, or where its drop would come too late."""
+    if stage.patience is None:
+        return
+    said = f"stage {stage.name!r}: --patience {stage.patience}"
+    if stage.schedule in ("one-cycle", "triangular"):
+        raise UserError(
+            f"{said} may end the stage before the learning rate of --schedule {stage.schedule} has come down. Drop it, "
+            "or choose cosine, constant, step, plateau or sgdr."
+        )
+    cycle = stage.cycle_epochs
+    if stage.schedule == "sgdr" and not (cycle and cycle == int(cycle) and stage.warmup_epochs % 1 == 0):
+        raise UserError(
+            f"{said} with --schedule sgdr counts the ends of cycles, where the model is evaluated only if they are ends "
+            f"of epochs: give whole --cycle-epochs (now {cycle}) and --warmup-epochs (now {stage.warmup_epochs:g})."
+        )
+    if stage.schedule == "plateau" and stage.plateau_patience >= stage.patience:
+        raise UserError(
+            f"{said} ends the stage before --plateau-patience {stage.plateau_patience} drops its learning rate. Raise "
+            "the first or lower the second."
+        )
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 evaluation``, ``2 evaluations``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _finite_from_zero(value: float) -> bool:

@@ -77,11 +77,21 @@ def versions() -> dict[str, str | None]:
 
 def is_done(folder: RunFolder) -> bool:
     """Whether the run in *folder* has come to its end."""
+    return _read(folder).get("status") == "done"
+
+
+def nothing_left(folder: RunFolder, step: int, last_step: int) -> bool:
+    """Whether the run in *folder* is complete at *step*: its last one, or that at which evaluations ended it."""
+    ends_here = step >= last_step or _read(folder).get("ended_early_at") == step
+    return ends_here and is_done(folder) and folder.report.exists()
+
+
+def _read(folder: RunFolder) -> dict[str, Any]:
     try:
         summary = json.loads(folder.summary.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(summary, dict) and summary.get("status") == "done"
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def _version(package: str) -> str | None:

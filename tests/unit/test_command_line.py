@@ -310,6 +310,7 @@ WITHOUT_EFFECT = {
     "cycle_decay": "0.5",
     "step_epochs": "1.0",
     "step_gamma": "0.2",
+    "plateau_patience": "3",
     "lr_floor": "0.1",
     "lr_batch": "128",
     "focal_gamma": "3.0",

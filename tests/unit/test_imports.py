@@ -32,6 +32,7 @@ LAYER_0 += (
     "lr_race",
     "lr_ranges",
     "optimizer_defaults",
+    "patience",
     "manifest",
 )
 LAYER_0 += ("run_defaults", "outputs", "exporting.preprocessing", "plain_command")

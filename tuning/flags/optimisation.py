@@ -31,7 +31,8 @@ class OptimisationFlags:
     """Learning rate of the stem divided by that of the head: the same meaning for every depth. Excludes
     --layer-decay. Default without either: 0.1 with pretrained weights, 1 without."""
     schedule: ScheduleName = "cosine"
-    """Shape of the learning rate over a stage, counted in optimizer steps."""
+    """Shape of the learning rate over a stage, counted in optimizer steps. plateau = constant, and times --step-gamma
+    whenever evaluations stop improving (--plateau-patience)."""
     warmup_epochs: Optional[float] = None
     """Linear warm-up at the start of every stage, epochs. Default: none; a tenth of the stage, at most an epoch,
     where a stage names another optimizer than the one before."""
@@ -44,9 +45,9 @@ class OptimisationFlags:
     step_epochs: Optional[float] = None
     """Epochs between the drops of the step schedule. Default: a third of the stage."""
     step_gamma: float = 0.1
-    """Factor of each drop of the step schedule."""
+    """Factor of each drop of the step and plateau schedules."""
     lr_floor: float = 0.0
-    """Lowest learning rate of cosine, sgdr and triangular, fraction of the peak."""
+    """Lowest learning rate of cosine, sgdr, triangular and plateau, fraction of the peak."""
     clip_norm: float = 1.0
     """Clip the gradient to this norm once per optimizer step; 0 = off. --clip-value or --clip-agc take its place."""
     clip_value: Optional[float] = None
@@ -54,3 +55,7 @@ class OptimisationFlags:
     clip_agc: Optional[float] = None
     """Adaptive gradient clipping instead (Brock et al. 2021): largest ratio of gradient norm to weight norm, per
     unit; the head is left out."""
+    patience: Optional[int] = None
+    """End a stage after this many evaluations (ends of epochs) in a row without a better --best-by. Default: never."""
+    plateau_patience: int = 2
+    """Drop the learning rate of --schedule plateau after this many such evaluations."""
