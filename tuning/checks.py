@@ -190,8 +190,8 @@ def _refuse_idle(flags: Flags, values: Mapping[str, Any], typed: Sequence[str], 
         raise UserError(f"--shuffle-gb {values['shuffle_gb']:g} has no effect without --streaming. Drop it.")
     if values["patience"] is not None and not any(stage.may_end_early for stage in stages):
         raise UserError(
-            f"--patience {values['patience']} has no effect: no stage that is evaluated after every epoch has more than "
-            f"{values['patience'] + 1}. Lower it, raise --epochs, or drop it."
+            f"--patience {values['patience']} has no effect: no stage that is evaluated after every epoch has more "
+            f"than {values['patience'] + 1}. Lower it, raise --epochs, or drop it."
         )
     for key in ("mixup", "cutmix"):
         if values[key] and all(stage.cache_features for stage in stages):

@@ -196,7 +196,7 @@ def _with_values(flags: Flags, values: Mapping[str, Any], where: str) -> Flags:
 
 
 def dump(flags: Flags, listed: list[Any] | None = None) -> str:
-    """The flags as flat YAML, with the list of stages when there is one; what follows from the optimizer is written out."""
+    """The flags as flat YAML, with the list of stages when there is one, and with what follows from the optimizer."""
     import yaml
 
     kept = {key: value for key, value in flat(resolved(flags)).items() if key not in NOT_IN_CONFIG}

@@ -123,7 +123,7 @@ class Stage:
             yield f"stage {self.name!r} starts a new optimizer, {self.optimizer}, {said}"
         if self.schedule == "plateau":
             every = counted(self.plateau_patience, "evaluation")
-            yield f"stage {self.name!r} drops to {self.step_gamma:g} of its learning rate after {every} without a better one"
+            yield f"stage {self.name!r} drops to {self.step_gamma:g} of its learning rate after {every} without better"
         if self.may_end_early:
             every = counted(self.patience or 0, "evaluation")
             yield f"stage {self.name!r} ends early after {every} in a row without a better one"
@@ -199,8 +199,8 @@ def _check_patience(stage: Stage) -> None:
     cycle = stage.cycle_epochs
     if stage.schedule == "sgdr" and not (cycle and cycle == int(cycle) and stage.warmup_epochs % 1 == 0):
         raise UserError(
-            f"{said} with --schedule sgdr counts the ends of cycles, where the model is evaluated only if they are ends "
-            f"of epochs: give whole --cycle-epochs (now {cycle}) and --warmup-epochs (now {stage.warmup_epochs:g})."
+            f"{said} with --schedule sgdr counts the ends of cycles, and the model is evaluated at ends of epochs: give "
+            f"whole --cycle-epochs (now {cycle}) and --warmup-epochs (now {stage.warmup_epochs:g})."
         )
     if stage.schedule == "plateau" and stage.plateau_patience >= stage.patience:
         raise UserError(

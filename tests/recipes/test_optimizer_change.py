@@ -71,10 +71,8 @@ def test_the_first_update_after_the_change_is_small(photos: Path, finetune: Run,
     """A quarter of what it is without the warm-up: in its first step SGD moves by learning rate x gradient."""
     moved = []
     for name, flags in (("warm", ()), ("cold", ("--warmup-epochs", "0"))):
-        for stop in ("5", "6"):
-            resume = () if stop == "5" else ("--resume", "auto")
-            argv = ("--data", str(photos), "--preset", preset, "--output", name, "--max-steps", stop)
-            assert finetune(*argv, *flags, *resume).returncode == 0
+        argv = ("--data", str(photos), "--preset", preset, "--output", name, "--max-steps", "6")
+        assert finetune(*argv, *flags).returncode == 0  # saved at the end of the epoch, step 5, and at its own
         before, after = (load_file(tmp_path / name / f"checkpoints/step-0000000{n}/model.safetensors") for n in (5, 6))
         moved.append(torch.cat([(after[key] - before[key]).flatten() for key in before]))
     assert torch.allclose(moved[0], moved[1] / 4, atol=1e-7)

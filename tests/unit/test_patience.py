@@ -132,6 +132,6 @@ def test_flags_that_do_nothing_are_refused() -> None:
 def test_the_plan_says_it() -> None:
     stage = parse("--patience", "4", "--schedule", "plateau", "--plateau-patience", "1").stages[-1]
     assert list(stage.notes(5)) == [
-        "stage 'all' drops to 0.1 of its learning rate after 1 evaluation without a better one",
+        "stage 'all' drops to 0.1 of its learning rate after 1 evaluation without better",
         "stage 'all' ends early after 4 evaluations in a row without a better one",
     ]
