@@ -44,13 +44,14 @@ def finetune(command: Command) -> None:
     from tuning.models import keep_best
     from tuning.norm_statistics import NormStatistics
     from tuning.numerical_faults import NumericalFaults
-    from tuning.plan import StagePlan
+    from tuning.patience import count, curves_of, next_stage
+    from tuning.plan import StagePlan, last_step
     from tuning.preparing import data_and_model, objective, plan_stages
     from tuning.saving import Saver, tensors_of
     from tuning.sharding import shard
     from tuning.snapshots import Snapshots, tell
     from tuning.stopping import Boundary, end_run
-    from tuning.summary import add_judged, better, contenders, failure_noted, is_done, make_summary
+    from tuning.summary import add_judged, best_value, better, contenders, failure_noted, make_summary, nothing_left
     from tuning.track import Curves, check_tracker, described, open_tracker, tracker_id
     from tuning.unreadable import UnreadablePictures
 
@@ -79,8 +80,8 @@ def finetune(command: Command) -> None:
     # 4. Where we are: at the start, or where an earlier run stopped.
     progress, found = start.progress, start.found
     planned_steps = sum(planned.steps for planned in plan)
-    earlier_seconds, last_step = progress.seconds, min(planned_steps, run.max_steps or 2**63)
-    if progress.step >= last_step and is_done(folder) and folder.report.exists():
+    earlier_seconds, ends_at = progress.seconds, last_step(plan, progress, run.max_steps)
+    if nothing_left(folder, progress.step, ends_at):
         speaker.say(f"Nothing left to do: the run in {folder.path} has made its {progress.step:,} steps.")
         return
     resuming.take_up(accelerator, start, command.config, data)
@@ -122,9 +123,12 @@ def finetune(command: Command) -> None:
                     at_size, weights = replace(info, input_size=size), tensors_of(weighed, keep=main)
                     if not main or keep_best(weighed, at_size, data.classes, folder.model, weights):
                         progress.best, progress.best_step = reached, progress.step
-            progress.due = False
+            ends_epoch, progress.due = progress.due, False
             epoch = progress.epoch + progress.stage_step % planned.steps_per_epoch / planned.steps_per_epoch
-            curves.write_evaluation(judged, epoch, progress)
+            if ends_epoch:
+                reached = session.same_everywhere(best_value(judged, best_of, run.best_by))
+                count(progress, planned.stage, reached, run.best_by, planned.steps_per_epoch)
+            curves.write_evaluation(judged, epoch, progress, curves_of(progress, planned.stage))
             speaker.say_evaluation(stage, epoch, judged, curves.latest)
 
         def find_lr(feeds: StageFeeds, planned: StagePlan) -> None:
@@ -149,12 +153,12 @@ def finetune(command: Command) -> None:
             saver.save(entered, progress, averages.at(progress), first=curves.sync)
             boundary.saved()
 
-        judge_first = found is not None and (progress.due or progress.step == last_step)
+        judge_first = found is not None and (progress.due or progress.step == ends_at)
         entered = None
         accelerator.wait_for_everyone()
         interrupts.hold()  # from here on there is something to lose: a signal waits for the next boundary
         with saver, first_error():
-            while progress.step < last_step or judge_first:
+            while progress.stage < len(plan) and (progress.step < ends_at or judge_first):
                 planned = as_found(plan[progress.stage], progress)
                 entered = enter_stage(accelerator, model, planned, before=entered)
                 if found:
@@ -185,8 +189,8 @@ def finetune(command: Command) -> None:
                     curves.add(step, progress)
                     if step.step % run.log_every == 0:
                         unreadable.check()
-                    speaker.show_progress(planned.stage.name, step.step, last_step, curves.latest)
-                    asked, ends_run = boundary.agree(step.step), step.step == last_step
+                    speaker.show_progress(planned.stage.name, step.step, ends_at, curves.latest)
+                    asked, ends_run = boundary.agree(step.step), step.step == ends_at
                     snapshots.take(entered, progress, planned.image_size, info, data.classes, anew)
                     progress.due = step.ends_stage or (step.ends_epoch and not planned.stage.cache_features)
                     if progress.due or ends_run or asked.stop or asked.save:
@@ -200,7 +204,9 @@ def finetune(command: Command) -> None:
 
                 refuse_drift(accelerator, model)
                 speaker.say_unreadable(unreadable.news())
-                progress.stage, progress.stage_step, progress.micro_batch = progress.stage + 1, 0, None
+                speaker.say_stage_over(planned, progress, run.best_by)
+                next_stage(progress)
+                ends_at = last_step(plan, progress, run.max_steps)
 
         # 7. Finish: snapshots, summary, pictures, a last look at the mistakes, what to look at next.
         together = snapshots.judge(model, info, data, progress, workers, anew, boundary.watch)
@@ -216,6 +222,7 @@ def finetune(command: Command) -> None:
                 "precision": session.precision_name(accelerator),
                 "train_images": len(data.train),
                 "eval_images": len(data.eval),
+                "ended_early_at": progress.step if progress.step < min(planned_steps, run.max_steps or 2**63) else None,
                 "skipped_steps": progress.skipped,
                 "unreadable": unreadable.counts,
                 **({"snapshots": together} if together else {}),

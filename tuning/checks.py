@@ -19,8 +19,9 @@ NEEDS = {  # flag: what another flag must be for it to have an effect
     "cycle_mult": ("schedule", ("sgdr",)),
     "cycle_decay": ("schedule", ("sgdr",)),
     "step_epochs": ("schedule", ("step",)),
-    "step_gamma": ("schedule", ("step",)),
-    "lr_floor": ("schedule", ("cosine", "sgdr", "triangular")),
+    "step_gamma": ("schedule", ("step", "plateau")),
+    "plateau_patience": ("schedule", ("plateau",)),
+    "lr_floor": ("schedule", ("cosine", "sgdr", "triangular", "plateau")),
     "lr_batch": ("lr_scaling", ("linear", "sqrt")),
     "focal_gamma": ("loss", ("focal",)),
     "color": ("augment", ("medium", "strong")),
@@ -33,7 +34,7 @@ LOWEST = {  # smallest value: whole numbers
     1: (
         *("limit_train", "limit_eval", "batch_size", "micro_batch", "lr_batch"),
         *("keep", "log_every", "threads", "max_steps", "max_skipped", "overfit_steps", "min_side"),
-        *("finder_sweeps", "top_k", "check_images", "trials"),
+        *("patience", "plateau_patience", "finder_sweeps", "top_k", "check_images", "trials"),
     ),
     2: ("batch_norm_images",),
     10: ("finder_steps",),
@@ -118,9 +119,8 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
     check("give a decay between 0 and 1, for example 0.999", lambda x: 0 < x < 1, "ema_decay")
     check("give a fraction of the peak in (0, 1], for example 0.5", lambda x: 0 < x <= 1, "swa_lr")
     check("give a fraction between 0 and 1, for example 0.25", lambda x: 0 < x < 1, "val_fraction")
-    _refuse(
-        values["lr"] == "auto" or above_0(values["lr"]), "lr", values, "give auto or a rate above 0, for example 3e-4"
-    )
+    lr_ok = values["lr"] in (None, "auto") or above_0(values["lr"])
+    _refuse(lr_ok, "lr", values, "give auto or a rate above 0, for example 3e-4")
     check("give a learning rate above 0, for example 3e-4", above_0, "freeze_lr")
     check("give a learning rate above 0, for example 1e-6", above_0, "finder_start", "finder_end")
     check("give a number from 0, for example 2", lambda x: 0 <= x < math.inf, "focal_gamma")
@@ -199,6 +199,11 @@ def _refuse_idle(flags: Flags, values: Mapping[str, Any], typed: Sequence[str], 
         )
     if values["snapshots"] and not any(stage.schedule == "sgdr" for stage in stages):
         raise UserError("--snapshots keeps the ends of sgdr cycles; add --schedule sgdr with --cycle-epochs.")
+    if values["patience"] is not None and not any(stage.may_end_early for stage in stages):
+        raise UserError(
+            f"--patience {values['patience']} has no effect: no stage that is evaluated after every epoch has more "
+            f"than {values['patience'] + 1}. Lower it, raise --epochs, or drop it."
+        )
     for key in ("mixup", "cutmix"):
         if values[key] and all(stage.cache_features for stage in stages):
             raise UserError(

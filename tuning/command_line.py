@@ -18,7 +18,8 @@ from tuning.coerce import coerce, field_types, named_file, read_yaml, shown
 from tuning.echoes import RESUME, ProcessLost
 from tuning.ending import explained, rank, recorded, report, say, say_stopped
 from tuning.errors import UserError, did_you_mean
-from tuning.flags import Flags, OptimisationFlags
+from tuning.flags import Flags
+from tuning.optimizer_defaults import changes, defaults_of, resolved, resolved_stages
 from tuning.run_defaults import OPENING, data_of_run
 from tuning.sizes import scaled_lr
 from tuning.stages import Stage, check_stage, read_stages, standard_stages
@@ -111,7 +112,7 @@ def parse_command(argv: Sequence[str], name: str, description: str, presets: Pat
     check_flags(flags)
     stages = resolve_stages(flags, listed, where)
     refuse_without_effect(flags, default, stages, listed, where, name)
-    return Command(flags, stages, dump(flags, listed))
+    return Command(resolved(flags), stages, dump(flags, listed))
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
@@ -195,11 +196,11 @@ def _with_values(flags: Flags, values: Mapping[str, Any], where: str) -> Flags:
 
 
 def dump(flags: Flags, listed: list[Any] | None = None) -> str:
-    """The flags as flat YAML, with the list of stages when there is one."""
+    """The flags as flat YAML, with the list of stages when there is one, and with what follows from the optimizer."""
     import yaml
 
-    kept = {key: value for key, value in flat(flags).items() if key not in NOT_IN_CONFIG}
-    kept |= {"stages": listed} if listed else {}
+    kept = {key: value for key, value in flat(resolved(flags)).items() if key not in NOT_IN_CONFIG}
+    kept |= {"stages": resolved_stages(listed, flags)} if listed else {}
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     if {"\x85", "\u2028", "\u2029"}.isdisjoint(text):
         return text
@@ -212,11 +213,13 @@ def resolve_stages(flags: Flags, listed: list[Any] | None = None, where: str = "
     Raises:
         UserError: from `read_stages` and `check_stage`.
     """
+    listed, flags = resolved_stages(listed, flags), resolved(flags)
     base = _base_stage(flags)
     if listed is not None:
         stages = read_stages(listed, base, where)
     else:
         staging = flags.staging
+        assert staging.freeze_lr is not None
         stages = standard_stages(base, staging.freeze_epochs, staging.freeze_lr, staging.unfreeze)
     stages = [*(dataclasses.replace(stage, swa_epochs=0, swa_lr=None) for stage in stages[:-1]), stages[-1]]
     for stage in stages:
@@ -228,8 +231,11 @@ def resolve_stages(flags: Flags, listed: list[Any] | None = None, where: str = "
                 "Use --batch-norm train."
             )
     scaling, lr_batch = flags.optimisation.lr_scaling, flags.optimisation.lr_batch
+    scaled = (scaled_lr(stage.lr, scaling, stage.batch_size, lr_batch) for stage in stages)
+    anew = changes([stage.optimizer for stage in stages])
     return tuple(
-        dataclasses.replace(stage, lr=scaled_lr(stage.lr, scaling, stage.batch_size, lr_batch)) for stage in stages
+        dataclasses.replace(stage, lr=lr, new_optimizer=new)
+        for stage, lr, new in zip(stages, scaled, anew, strict=True)
     )
 
 
@@ -239,7 +245,7 @@ def _base_stage(flags: Flags) -> Stage:
     if flags.optimisation.layer_decay is None and flags.optimisation.lr_ratio is None:
         given["lr_ratio"] = 1.0 if flags.model.weights == "none" else 0.1
     if flags.optimisation.lr == "auto":
-        given |= {"lr": OptimisationFlags.lr, "find_lr": True}
+        given |= {"lr": defaults_of(flags.optimisation.optimizer).lr, "find_lr": True}
     if flags.staging.batch_norm == "auto":
         given["batch_norm"] = "train" if flags.model.weights == "none" else "frozen"
     return Stage(name="all", open="all", **given)

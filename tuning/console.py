@@ -24,9 +24,11 @@ from tuning.imbalance import class_sentence, sampling_sentences
 from tuning.lr_finder import Found
 from tuning.models import ModelInfo
 from tuning.plan import StagePlan
+from tuning.progress import Progress
 from tuning.resuming import Start
 from tuning.run_folder import RunFolder
 from tuning.session import precision_name
+from tuning.stages import counted
 
 LOG_WIDTH = 140  # of tables in a log file, characters
 STAGE_HEADINGS = ("stage", "open", "parameters", "epochs", "steps", "batch", "pixels", "LR stem .. head", "how")
@@ -89,9 +91,8 @@ class Speaker:
             self.say(f"note: {note}")
         self.show_stages(plan)
         self.show_groups(plan)
-        for warning in (planned.stage.cut_cycle(planned.steps_per_epoch) for planned in plan):
-            if warning:
-                self.say(f"note: {warning}")
+        for note in (note for planned in plan for note in planned.stage.notes(planned.steps_per_epoch)):
+            self.say(f"note: {note}")
 
     def say_resumed(self, start: Start, world_size: int) -> None:
         """Where the run goes on, if it does; which checkpoints were passed over; what can't be the same."""
@@ -135,6 +136,15 @@ class Speaker:
         for whose, metrics in judged.items():
             numbers = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "images")
             self.say(f"{stage:>10}  epoch {epoch:<4g}  {whose}: {numbers}{trained if whose == 'eval' else ''}")
+
+    def say_stage_over(self, planned: StagePlan, progress: Progress, best_by: str) -> None:
+        """That evaluations have ended a stage, if they have."""
+        if progress.stage_over:
+            done, all_of_it = progress.stage_step // planned.steps_per_epoch, planned.stage.epochs
+            self.say(
+                f"{planned.stage.name:>10}  ends after {done} of {all_of_it} epochs: "
+                f"{counted(progress.waiting, 'evaluation')} in a row without a better {best_by}."
+            )
 
     def say_unreadable(self, names: Sequence[str]) -> None:
         """Pictures that could not be read, if any."""

@@ -77,14 +77,14 @@ def train_steps(
     """
     per_epoch = feed.order.steps_per_epoch
     total = entered.stage.steps(per_epoch)
-    while progress.stage_step < total:
+    while progress.stage_step < total and not progress.stage_over:
         first = progress.stage_step % per_epoch
         stream = feed.epoch(progress.epoch, first)
         for in_epoch in range(first, per_epoch):
             if not entered.trained.training:  # an evaluation came between
                 entered.train_mode()
             images = feed.order.images_in(in_epoch)
-            factor = entered.factor(progress.stage_step)
+            factor = entered.factor(progress.stage_step) * progress.lr_factor
             set_lr(entered.optimizer.param_groups, factor)
             before = [buffer.clone() for buffer in entered.statistics.values()]
             step = progress.step

@@ -188,7 +188,7 @@ def race(trials: Trials, centre: float, search: Search) -> tuple[Candidate, ...]
 def _squeezed(stage: Stage, steps_per_epoch: int, steps: int) -> Callable[[int], float]:
     """The stage's warm-up (at most a fifth of the steps), then a cosine down to 0: a gentler start would be kind to
     rates that are too high."""
-    warmup = min(steps // 5, round(stage.warmup_epochs * steps_per_epoch))
+    warmup = min(steps // 5, stage.warmup_steps(steps_per_epoch))
     return with_warmup(cosine(steps - warmup), warmup)
 
 

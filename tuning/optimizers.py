@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from tuning.errors import UserError, did_you_mean
 
 FUSED_ON_SHARES = (torch.optim.Adam, torch.optim.AdamW)  # torch can't do it for others
+SECOND_ORDER = "adahessian"
 
 
 def create_optimizer(name: str, groups: list[dict[str, Any]], momentum: float) -> torch.optim.Optimizer:
@@ -74,6 +75,11 @@ def check_optimizer(name: str) -> None:
         UserError: names the nearest known optimizer, or the missing package.
     """
     known = [str(optimizer) for optimizer in list_optimizers()]
+    if name.lower() == SECOND_ORDER:
+        raise UserError(
+            f"--optimizer {name} needs second derivatives, for which no gradient here is kept differentiable. Choose "
+            "another, for example adamw."
+        )
     if name.lower() not in known:
         raise UserError(f"--optimizer {name!r} is not known to timm.{did_you_mean(name, known)}")
     try:

@@ -82,6 +82,8 @@ def small_plan(
         batch_size=batch,
         schedule="constant",
         warmup_epochs=0.0,
+        new_optimizer=False,
+        patience=None,
         weight_decay=0.0,
         augment="none",
         mixup=0.0,

@@ -12,6 +12,7 @@ from tuning.depth import open_names
 from tuning.errors import UserError
 from tuning.groups import decay_for_ratio, param_groups
 from tuning.optimizers import check_optimizer
+from tuning.progress import Progress
 from tuning.sizes import LARGEST_AUTO_MICRO_BATCH, BatchPlan, plan_batch
 from tuning.stages import Stage
 
@@ -111,6 +112,12 @@ def make_plan(
         _plan_stage(stage, model, train_images, world_size, micro_batch, stage.image_size or image_size, largest_auto)
         for stage in stages
     )
+
+
+def last_step(plan: Sequence[StagePlan], progress: Progress, max_steps: int | None) -> int:
+    """The optimizer step with which the run ends, seen from where it stands: stages before may have ended early."""
+    left = sum(planned.steps for planned in plan[progress.stage :]) - progress.stage_step
+    return min(progress.step + left, max_steps or 2**63)
 
 
 def at_micro_batch(planned: StagePlan, micro_batch: int | None) -> StagePlan:

@@ -34,7 +34,9 @@ def draw_schedule(plan: Sequence[StagePlan], path: Path) -> None:
     for start, name in starts:
         axes.axvline(start, color="grey", linewidth=0.8)
         axes.annotate(name, (start, 1), xycoords=("data", "axes fraction"), fontsize=8, va="bottom", parse_math=False)
-    axes.set(xlabel="optimizer step", ylabel="learning rate")
+    open_ended = any(p.stage.schedule == "plateau" or p.stage.may_end_early for p in plan)
+    title = "as planned; evaluations may drop it or end a stage sooner" if open_ended else None
+    axes.set(xlabel="optimizer step", ylabel="learning rate", title=title)
     if curves and all(v > 0 for _, values in curves.values() for v in values):
         axes.set_yscale("log")
     if len(curves) <= 12:

@@ -27,6 +27,11 @@ class Progress:
         searched: index of the stage at whose start the LR finder ran last; None before that.
         lr: what it found, the head's peak learning rate; None without a confident answer.
         tracker_id: id of the run in the tracker, so that a resumed run continues the same curves.
+        stage_best: best value of that metric at the ends of this stage's epochs; None before the first.
+        waiting: such evaluations in a row since then without a better one.
+        plateau: those of them since the learning rate fell last (`tuning.patience`).
+        lr_factor: what a plateau has left of the stage's learning rate.
+        stage_over: evaluations have ended the stage before its last step.
         micro_batch: images per forward pass since memory ran out in this stage; None as long as it is the planned one.
     """
 
@@ -45,6 +50,11 @@ class Progress:
     lr: float | None = None
     tracker_id: str | None = None
     micro_batch: int | None = None
+    stage_best: float | None = None
+    waiting: int = 0
+    plateau: int = 0
+    lr_factor: float = 1.0
+    stage_over: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A dict that `json` can write."""

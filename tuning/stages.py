@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ from tuning.flags import AugmentName, ColorName, SamplingName, ScheduleName
 GRADUAL_PARTS = 4
 MOST_LAYERS = 10**6
 STRONG_ERASING = 0.25  # probability with --augment strong
+# lr: auto, what follows from the stage before, and what belongs to the last stage.
+NOT_KEYS = ("find_lr", "new_optimizer", "swa_epochs", "swa_lr")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class Stage:
         random_erasing: probability; None = that of the strength, `erases`.
         color: auto is settled by the pictures before the plan is made.
         swa_epochs, swa_lr: of the last stage, by their flags.
+        patience: evaluations in a row without a better one after which the stage ends; None = it runs to its end.
+        plateau_patience: those after which the plateau schedule drops.
+        new_optimizer: the stage before names another one, so that this one starts without state.
     """
 
     name: str
@@ -72,6 +77,9 @@ class Stage:
     color: ColorName = "auto"
     swa_epochs: int = 0
     swa_lr: float | None = None
+    patience: int | None = None
+    plateau_patience: int = 2
+    new_optimizer: bool = False
 
     @property
     def mixes(self) -> bool:
@@ -86,16 +94,26 @@ class Stage:
         usual = STRONG_ERASING if self.augment == "strong" else 0.0
         return usual if self.random_erasing is None else self.random_erasing
 
+    @property
+    def may_end_early(self) -> bool:
+        """Evaluations may end the stage before its last epoch. On cached features there is one, at its end."""
+        return self.patience is not None and not self.cache_features and self.epochs > self.patience + 1
+
     def steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole stage."""
         return self.epochs * steps_per_epoch
+
+    def warmup_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the linear warm-up; at least one of those that a new optimizer is given."""
+        steps = round(self.warmup_epochs * steps_per_epoch)
+        return max(1, steps) if self.new_optimizer and self.warmup_epochs else steps
 
     def factor(self, steps_per_epoch: int) -> Callable[[int], float]:
         """The schedule: optimizer step within the stage -> factor of the peak LR."""
         total = self.steps(steps_per_epoch)
         if self.swa_lr is not None:
             total -= self.swa_epochs * steps_per_epoch
-        warmup = round(self.warmup_epochs * steps_per_epoch)
+        warmup = self.warmup_steps(steps_per_epoch)
         rest = max(1, total - warmup)
         shape = schedules.with_warmup(self._shape(rest, steps_per_epoch), warmup)
         return shape if self.swa_lr is None else schedules.then_constant(shape, total, self.swa_lr)
@@ -105,7 +123,7 @@ class Stage:
             return max(1, round(default if epochs is None else epochs * steps_per_epoch))
 
         match self.schedule:
-            case "constant":
+            case "constant" | "plateau":  # what a plateau does is `Progress.lr_factor`
                 return schedules.constant()
             case "cosine":
                 return schedules.cosine(steps, self.lr_floor)
@@ -123,17 +141,32 @@ class Stage:
         """Steps of the stage after which an SGDR cycle is complete, ascending."""
         if self.schedule != "sgdr":
             return []
-        warmup = round(self.warmup_epochs * steps_per_epoch)
+        warmup = self.warmup_steps(steps_per_epoch)
         steps = self.steps(steps_per_epoch) - warmup
         first = steps if self.cycle_epochs is None else max(1, round(self.cycle_epochs * steps_per_epoch))
         return [warmup + end for end in schedules.restarts(first, self.cycle_mult, steps + 1)]
+
+    def notes(self, steps_per_epoch: int) -> Iterator[str]:
+        """What the plan says of the stage besides its numbers."""
+        if self.new_optimizer:
+            steps = self.warmup_steps(steps_per_epoch)
+            said = f"its learning rate rises over {steps} steps" if steps else "without a warm-up of its learning rate"
+            yield f"stage {self.name!r} starts a new optimizer, {self.optimizer}, {said}"
+        if self.schedule == "plateau":
+            every = counted(self.plateau_patience, "evaluation")
+            yield f"stage {self.name!r} drops to {self.step_gamma:g} of its learning rate after {every} without better"
+        if self.may_end_early:
+            every = counted(self.patience or 0, "evaluation")
+            yield f"stage {self.name!r} ends early after {every} in a row without a better one"
+        if cut := self.cut_cycle(steps_per_epoch):
+            yield cut
 
     def cut_cycle(self, steps_per_epoch: int) -> str | None:
         """A warning when the stage ends inside an SGDR cycle, at a learning rate that has not come down yet."""
         if self.schedule != "sgdr" or self.cycle_epochs is None:
             return None
         first, steps = max(1, round(self.cycle_epochs * steps_per_epoch)), self.steps(steps_per_epoch)
-        steps -= round(self.warmup_epochs * steps_per_epoch)
+        steps -= self.warmup_steps(steps_per_epoch)
         starts = [0, *schedules.restarts(first, self.cycle_mult, steps + 1)]
         if starts[-1] == steps:
             return None
@@ -176,12 +209,48 @@ def check_stage(stage: Stage) -> None:
         refuse(alpha == 0 or 0.01 <= alpha <= 100, key, "give 0 for off, or a number from 0.01 to 100, for example 0.2")
     erasing = stage.random_erasing
     refuse(erasing is None or 0 <= erasing <= 1, "random_erasing", "give a probability in [0, 1], for example 0.25")
+    refuse(stage.patience is None or stage.patience >= 1, "patience", "give at least 1 evaluation")
+    refuse(stage.plateau_patience >= 1, "plateau_patience", "give at least 1 evaluation")
+    _check_patience(stage)
     if stage.layer_decay is not None and stage.lr_ratio is not None:
         raise UserError(
             f"stage {stage.name!r}: --layer-decay {stage.layer_decay} and --lr-ratio {stage.lr_ratio} exclude each "
             "other; give one of the two."
         )
     _check_open(stage)
+
+
+def _check_patience(stage: Stage) -> None:
+    """Refuse to end a stage where its learning rate has yet to come down, or where its drop would come too late."""
+    if stage.patience is None:
+        return
+    said = f"stage {stage.name!r}: --patience {stage.patience}"
+    if stage.schedule in ("one-cycle", "triangular"):
+        raise UserError(
+            f"{said} may end the stage before the learning rate of --schedule {stage.schedule} has come down. Drop it, "
+            "or choose cosine, constant, step, plateau or sgdr."
+        )
+    if stage.swa_epochs:
+        raise UserError(
+            f"{said} may end the stage before the epochs that --swa-epochs {stage.swa_epochs} averages. Drop one of the "
+            "two."
+        )
+    cycle = stage.cycle_epochs
+    if stage.schedule == "sgdr" and not (cycle and cycle == int(cycle) and stage.warmup_epochs % 1 == 0):
+        raise UserError(
+            f"{said} with --schedule sgdr counts the ends of cycles, and the model is evaluated at ends of epochs: give "
+            f"whole --cycle-epochs (now {cycle}) and --warmup-epochs (now {stage.warmup_epochs:g})."
+        )
+    if stage.schedule == "plateau" and stage.plateau_patience >= stage.patience:
+        raise UserError(
+            f"{said} ends the stage before --plateau-patience {stage.plateau_patience} drops its learning rate. Raise "
+            "the first or lower the second."
+        )
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 evaluation``, ``2 evaluations``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _finite_from_zero(value: float) -> bool:
@@ -220,8 +289,7 @@ def read_stages(listed: Sequence[Mapping[str, Any]], base: Stage, where: str) ->
 
 
 def _read_stage(entry: Mapping[str, Any], base: Stage, where: str) -> Stage:
-    not_keys = ("find_lr", "swa_epochs", "swa_lr")  # the first is lr: auto, the others belong to the last stage
-    types = {key: kind for key, kind in field_types(Stage).items() if key not in not_keys}
+    types = {key: kind for key, kind in field_types(Stage).items() if key not in NOT_KEYS}
     given: dict[str, Any] = {}
     for key, value in entry.items():
         key = as_key(key)

@@ -26,6 +26,15 @@ def better(value: float, best: float | None, metric: str) -> bool:
     return value > best if HIGHER_IS_BETTER[metric] else value < best
 
 
+def best_value(judged: Mapping[str, Mapping[str, float]], best_of: Sequence[str], metric: str) -> float:
+    """The best value of *metric* among those that choose ``model/``; of the raw weights while none of them has begun."""
+    best = None
+    for whose in best_of:
+        if whose in judged and better(judged[whose][metric], best, metric):
+            best = judged[whose][metric]
+    return judged["eval"][metric] if best is None else best
+
+
 def evaluations(metrics: Path, whose: str = "eval") -> list[dict[str, Any]]:
     """The evaluations in ``metrics.jsonl``, oldest first, without ``eval/`` (or ``eval_ema/``) before each name.
 
@@ -91,11 +100,21 @@ def versions() -> dict[str, str | None]:
 
 def is_done(folder: RunFolder) -> bool:
     """Whether the run in *folder* has come to its end."""
+    return _read(folder).get("status") == "done"
+
+
+def nothing_left(folder: RunFolder, step: int, last_step: int) -> bool:
+    """Whether the run in *folder* is complete at *step*: its last one, or that at which evaluations ended it."""
+    ends_here = step >= last_step or _read(folder).get("ended_early_at") == step
+    return ends_here and is_done(folder) and folder.report.exists()
+
+
+def _read(folder: RunFolder) -> dict[str, Any]:
     try:
         summary = json.loads(folder.summary.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(summary, dict) and summary.get("status") == "done"
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def _version(package: str) -> str | None:

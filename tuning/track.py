@@ -98,14 +98,21 @@ class Curves:
             self.write({"stage/name": name}, progress.step, progress.epoch, progress.stage)
         self._resume_clock()
 
-    def write_evaluation(self, judged: Mapping[str, Mapping[str, float]], epoch: float, progress: Progress) -> None:
+    def write_evaluation(
+        self,
+        judged: Mapping[str, Mapping[str, float]],
+        epoch: float,
+        progress: Progress,
+        counts: Mapping[str, float] | None = None,
+    ) -> None:
         """The metrics of one evaluation as ``eval/...`` and ``eval_ema/...``; the time it took is no training time.
 
         Args:
             judged: ``{"eval": metrics of the raw weights, "eval_ema": of the averaged ones}``.
+            counts: what follows from it, such as ``stage/waiting``.
         """
         values = {f"{whose}/{name}": value for whose, metrics in judged.items() for name, value in metrics.items()}
-        self.write(values, progress.step, epoch, progress.stage)
+        self.write({**values, **(counts or {})}, progress.step, epoch, progress.stage)
         self._resume_clock()
 
     def writer_at(self, progress: Progress) -> Callable[[Mapping[str, float], int], None]:

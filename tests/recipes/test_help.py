@@ -12,6 +12,7 @@ import yaml
 
 from tuning.command_line import NOT_IN_CONFIG, flat
 from tuning.flags import Flags
+from tuning.optimizer_defaults import resolved
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").glob("*.py"))
@@ -105,4 +106,4 @@ def test_precedence_and_spellings(tmp_path: Path) -> None:
     content = yaml.safe_load(run("--print-config", *argv).stdout)
     assert (content["data"], content["batch_size"], content["weight_decay"]) == ("photos", 24, 0.01)
     assert (content["epochs"], content["label_smoothing"], content["clip_norm"]) == (6, 0.1, 2.0)
-    assert content["lr"] == flat(Flags())["lr"]
+    assert content["lr"] == flat(resolved(Flags()))["lr"]

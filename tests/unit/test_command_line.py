@@ -24,7 +24,8 @@ from tuning.command_line import NOT_IN_CONFIG, Command, dump, parse_command, res
 from tuning.echoes import ProcessLost
 from tuning.errors import UserError
 from tuning.flags import Flags
-from tuning.stages import Stage
+from tuning.optimizer_defaults import resolved
+from tuning.stages import NOT_KEYS, Stage
 
 PRESETS = Path(__file__).parents[2] / "recipes" / "presets"
 ALL_FLAGS = flat(Flags())
@@ -55,12 +56,12 @@ def test_no_flag_occurs_twice() -> None:
 
 
 def test_every_stage_key_is_a_flag() -> None:
-    assert set(field_types(Stage)) - {"name", "open", "find_lr"} <= set(ALL_FLAGS)
+    assert set(field_types(Stage)) - {"name", "open", *NOT_KEYS} <= set(ALL_FLAGS)
 
 
 def test_defaults_without_the_demo() -> None:
     command = parse("--data", "photos")
-    assert command.flags == with_values(data="photos")
+    assert command.flags == resolved(with_values(data="photos"))
     assert [stage.open for stage in command.stages] == ["head", "all"]
 
 
@@ -247,7 +248,7 @@ def _repeats(tmp_path: Path, values: dict[str, Any]) -> None:
     (tmp_path / "config.yaml").write_text(dump(flags), encoding="utf-8")
     again = parse("--config", str(tmp_path / "config.yaml"))
     assert again.config == dump(flags)
-    kept = {key: value for key, value in flat(flags).items() if key not in NOT_IN_CONFIG}
+    kept = {key: value for key, value in flat(resolved(flags)).items() if key not in NOT_IN_CONFIG}
     assert {key: value for key, value in flat(again.flags).items() if key in kept} == kept
     assert again.stages == resolve_stages(flags)
 
@@ -309,6 +310,7 @@ WITHOUT_EFFECT = {
     "cycle_decay": "0.5",
     "step_epochs": "1.0",
     "step_gamma": "0.2",
+    "plateau_patience": "3",
     "lr_floor": "0.1",
     "lr_batch": "128",
     "focal_gamma": "3.0",

@@ -32,6 +32,8 @@ LAYER_0 += (
     "lr_curve",
     "lr_race",
     "lr_ranges",
+    "optimizer_defaults",
+    "patience",
     "manifest",
 )
 LAYER_0 += ("run_defaults", "outputs", "exporting.preprocessing", "plain_command")

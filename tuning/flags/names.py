@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-ScheduleName = Literal["sgdr", "cosine", "one-cycle", "step", "triangular", "constant"]
+ScheduleName = Literal["sgdr", "cosine", "one-cycle", "step", "triangular", "constant", "plateau"]
 InitName = Literal["default", "kaiming", "xavier", "orthogonal", "zero"]
 LossName = Literal["cross-entropy", "bce", "focal"]
 AugmentName = Literal["none", "light", "medium", "strong"]

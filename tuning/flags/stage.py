@@ -10,8 +10,8 @@ from typing import Literal, Optional
 class StageFlags:
     freeze_epochs: int = 3
     """Epochs in which only the head is open, before --epochs. 0 = none."""
-    freeze_lr: float = 1e-3
-    """Peak learning rate of the head while all else is closed."""
+    freeze_lr: Optional[float] = None
+    """Peak learning rate of the head while all else is closed. Default: 1e-3; SGD 0.1, Lion 1e-4, LAMB 3e-3, LARS 3."""
     cache_features: bool = False
     """Compute the input of the head once per image and fit the head on that: head-only epochs cost almost nothing,
     and augmentation is off in them."""
