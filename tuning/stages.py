@@ -232,14 +232,14 @@ def _check_patience(stage: Stage) -> None:
         )
     if stage.swa_epochs:
         raise UserError(
-            f"{said} may end the stage before the epochs that --swa-epochs {stage.swa_epochs} averages. Drop one of the "
-            "two."
+            f"{said} may end the stage before the epochs that --swa-epochs {stage.swa_epochs} averages. Drop one of "
+            "the two."
         )
     cycle = stage.cycle_epochs
     if stage.schedule == "sgdr" and not (cycle and cycle == int(cycle) and stage.warmup_epochs % 1 == 0):
         raise UserError(
-            f"{said} with --schedule sgdr counts the ends of cycles, and the model is evaluated at ends of epochs: give "
-            f"whole --cycle-epochs (now {cycle}) and --warmup-epochs (now {stage.warmup_epochs:g})."
+            f"{said} with --schedule sgdr counts the ends of cycles, and the model is evaluated at ends of epochs: "
+            f"give whole --cycle-epochs (now {cycle}) and --warmup-epochs (now {stage.warmup_epochs:g})."
         )
     if stage.schedule == "plateau" and stage.plateau_patience >= stage.patience:
         raise UserError(

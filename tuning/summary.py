@@ -27,7 +27,7 @@ def better(value: float, best: float | None, metric: str) -> bool:
 
 
 def best_value(judged: Mapping[str, Mapping[str, float]], best_of: Sequence[str], metric: str) -> float:
-    """The best value of *metric* among those that choose ``model/``; of the raw weights while none of them has begun."""
+    """The best value of *metric* among those that choose ``model/``; of the raw weights before they begin."""
     best = None
     for whose in best_of:
         if whose in judged and better(judged[whose][metric], best, metric):
