@@ -59,7 +59,7 @@ def finetune(command: Command) -> None:
     speaker = Speaker(accelerator.is_main_process)
 
     # 2. Data and model.
-    data, model, info = data_and_model(accelerator, flags)
+    data, model, info = data_and_model(accelerator, flags, command.stages)
 
     # 3. The plan, before anything is spent.
     plan = plan_stages(accelerator, command, data, model, info)
@@ -121,7 +121,7 @@ def finetune(command: Command) -> None:
             reached = judged[best_of][run.best_by]
             unreadable.check()
             if better(reached, progress.best, run.best_by):
-                at_size, main = replace(info, input_size=planned.image_size), accelerator.is_main_process
+                at_size, main = replace(info, input_size=planned.eval_size), accelerator.is_main_process
                 weights = tensors_of(best_model, keep=main)
                 if not main or keep_best(best_model, at_size, data.classes, folder.model, weights):
                     progress.best, progress.best_step = reached, progress.step

@@ -188,6 +188,12 @@ def _refuse_idle(flags: Flags, values: Mapping[str, Any], typed: Sequence[str], 
             )
     if "shuffle_gb" in typed and not flags.data.streaming:
         raise UserError(f"--shuffle-gb {values['shuffle_gb']:g} has no effect without --streaming. Drop it.")
+    if any(map(values.get, ("train_sizes", "multi_scale"))) and all(stage.cache_features for stage in stages):
+        key = "train-sizes" if values["train_sizes"] else "multi-scale"
+        raise UserError(
+            f"--{key} {_said(values[key.replace('-', '_')])} draws sizes of pictures, but every stage trains on cached "
+            "features. Drop it, or --cache-features."
+        )
     for key in ("mixup", "cutmix"):
         if values[key] and all(stage.cache_features for stage in stages):
             raise UserError(
@@ -198,7 +204,7 @@ def _refuse_idle(flags: Flags, values: Mapping[str, Any], typed: Sequence[str], 
 
 def _said(value: Any) -> str:
     """A value as it was typed."""
-    return " ".join(value) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _check_opening(flags: Flags, typed: Sequence[str], recipe: str) -> None:

@@ -198,7 +198,8 @@ def dump(flags: Flags, listed: list[Any] | None = None) -> str:
     """The flags as flat YAML, with the list of stages when there is one."""
     import yaml
 
-    kept = {key: value for key, value in flat(flags).items() if key not in NOT_IN_CONFIG}
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in flat(flags).items()}
+    kept = {key: value for key, value in plain.items() if key not in NOT_IN_CONFIG}
     kept |= {"stages": listed} if listed else {}
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     if {"\x85", "\u2028", "\u2029"}.isdisjoint(text):

@@ -65,7 +65,8 @@ def stage_feeds(
     blocks = data.train.blocks if isinstance(data.train, StreamedRows) else None
     order = train_order(len(data.train), seed, planned.batch, rank, blocks)
     if stage.cache_features:
-        pictures = plain_feed(accelerator, data.train, planned, info, workers, unreadable.train)
+        size = planned.image_size
+        pictures = judging_feed(accelerator, data.train, size, info, workers, unreadable.train)
         train_features = compute_features(accelerator, entered.model, pictures)
         eval_features = compute_features(accelerator, entered.model, evaluation)
         unreadable.check()
@@ -76,7 +77,7 @@ def stage_feeds(
     train = TrainFeed(
         data.train,
         order,
-        Crop(planned.image_size, info.interpolation, info.crop_pct),
+        Crop(planned.largest_size, info.interpolation, info.crop_pct),
         Normalise(info.mean, info.std),
         augment=stage.augment,
         flip=flip,
@@ -84,6 +85,7 @@ def stage_feeds(
         device=accelerator.device,
         unreadable=unreadable.train,
         mixing=Mixing(stage.mixup, stage.cutmix, seed, len(data.train)) if stage.mixes else None,
+        sizes=planned.sizes if stage.varies else (),
     )
     return StageFeeds(train, evaluation, entered.model)
 
@@ -115,8 +117,8 @@ def plain_feed(
     workers: int,
     unreadable: Unreadable | None = None,
 ) -> EvalFeed:
-    """This process's part of *rows*, every picture once, with the evaluation crop at the stage's size."""
-    return judging_feed(accelerator, rows, planned.image_size, info, workers, unreadable)
+    """This process's part of *rows*, every picture once, with the evaluation crop at the size of evaluations."""
+    return judging_feed(accelerator, rows, planned.eval_size, info, workers, unreadable)
 
 
 def judging_feed(

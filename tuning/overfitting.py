@@ -86,6 +86,9 @@ def small_plan(
         augment="none",
         mixup=0.0,
         cutmix=0.0,
+        train_sizes=(),
+        multi_scale=0.0,
+        batch_scaling="none",
         cache_features=False,
     )
     (planned,) = make_plan(

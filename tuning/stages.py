@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tuning import schedules
-from tuning.coerce import as_key, coerce, field_types, shown
+from tuning.coerce import NO_NUMBERS, WholeNumbers, as_key, coerce, field_types, shown
 from tuning.errors import UserError, did_you_mean
-from tuning.flags import ScheduleName
+from tuning.flags.names import ScheduleName
 
 GRADUAL_PARTS = 4
+PARTS = ("norms", "norms-biases")  # kinds of parameters, at any depth, that are open beside the head
 MOST_LAYERS = 10**6
 
 
@@ -25,7 +26,7 @@ class Stage:
     Attributes:
         name: shown in the plan and marked in the curves.
         open: ``head``; ``all``; a whole number n = the head and the n layers below it; a fraction f in (0, 1] = the
-            head and that part of the depth.
+            head and that part of the depth; ``norms`` = the head and all normalisation layers; ``norms-biases``.
         epochs: passes over the data.
         lr: peak learning rate of the head, after --lr-scaling.
         lr_ratio: stem LR / head LR (None when `layer_decay` is given).
@@ -35,6 +36,9 @@ class Stage:
         cache_features: compute the input of the head once; for ``open: head`` only.
         find_lr: `lr` is kept only if the LR finder has no confident answer (``lr: auto``).
         mixup, cutmix: alpha, 0 = off; pictures alone are mixed, no cached features.
+        train_sizes: sides of the training input, of which every optimizer step draws one; none = `image_size`.
+        multi_scale: the same as a fraction of `image_size` on either side, 0 = off.
+        batch_scaling: ``area`` = `batch_size` is that of the last stage's size, and larger where pictures are smaller.
     """
 
     name: str
@@ -62,11 +66,24 @@ class Stage:
     find_lr: bool = False
     mixup: float = 0.0
     cutmix: float = 0.0
+    train_sizes: tuple[int, ...] = NO_NUMBERS
+    multi_scale: float = 0.0
+    batch_scaling: Literal["none", "area"] = "none"
 
     @property
     def mixes(self) -> bool:
         """Pictures are mixed with others."""
         return bool(self.mixup or self.cutmix) and not self.cache_features
+
+    @property
+    def varies(self) -> bool:
+        """Optimizer steps draw the size of their pictures."""
+        return bool(self.train_sizes or self.multi_scale) and not self.cache_features
+
+    @property
+    def drawn_by(self) -> str:
+        """The flag that says which sizes those are."""
+        return "--train-sizes" if self.train_sizes else "--multi-scale"
 
     def steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole stage."""
@@ -143,12 +160,27 @@ def check_stage(stage: Stage) -> None:
     for key in ("mixup", "cutmix"):
         alpha = getattr(stage, key)
         refuse(alpha == 0 or 0.01 <= alpha <= 100, key, "give 0 for off, or a number from 0.01 to 100, for example 0.2")
+    _check_sizes(stage, refuse)
     if stage.layer_decay is not None and stage.lr_ratio is not None:
         raise UserError(
             f"stage {stage.name!r}: --layer-decay {stage.layer_decay} and --lr-ratio {stage.lr_ratio} exclude each "
             "other; give one of the two."
         )
     _check_open(stage)
+
+
+def _check_sizes(stage: Stage, refuse: Callable[[bool, str, str], None]) -> None:
+    sizes = stage.train_sizes
+    several = not sizes or (len(sizes) == len({*sizes}) > 1 and min(sizes) >= 8)
+    refuse(several, "train_sizes", "give two or more different sizes from 8 pixels, for example 96 128 160")
+    refuse(
+        0 <= stage.multi_scale <= 0.9, "multi_scale", "give a fraction of --image-size in [0, 0.9], for example 0.25"
+    )
+    if sizes and stage.multi_scale:
+        raise UserError(
+            f"stage {stage.name!r}: --train-sizes {' '.join(map(str, sizes))} and --multi-scale {stage.multi_scale:g} "
+            "exclude each other: both say which sizes are drawn. Give one of the two."
+        )
 
 
 def _finite_from_zero(value: float) -> bool:
@@ -158,13 +190,13 @@ def _finite_from_zero(value: float) -> bool:
 def _check_open(stage: Stage) -> None:
     depth = stage.open
     if isinstance(depth, str):
-        ok = depth in ("head", "all")
+        ok = depth in ("head", "all", *PARTS)
     else:
         ok = 1 <= depth <= MOST_LAYERS if isinstance(depth, int) else 0 < depth <= 1
     if not ok:
         raise UserError(
-            f"stage {shown(stage.name)}: open is {shown(depth)}; give head, all, a number of layers from 1, or a "
-            "fraction of the depth in (0, 1]."
+            f"stage {shown(stage.name)}: open is {shown(depth)}; give head, all, norms, norms-biases, a number of "
+            "layers from 1, or a fraction of the depth in (0, 1]."
         )
     if stage.cache_features and depth != "head":
         raise UserError(
@@ -188,6 +220,7 @@ def read_stages(listed: Sequence[Mapping[str, Any]], base: Stage, where: str) ->
 
 def _read_stage(entry: Mapping[str, Any], base: Stage, where: str) -> Stage:
     types = {key: kind for key, kind in field_types(Stage).items() if key != "find_lr"}  # which is lr: auto
+    types["train_sizes"] = WholeNumbers
     given: dict[str, Any] = {}
     for key, value in entry.items():
         key = as_key(key)
@@ -206,6 +239,9 @@ def _read_stage(entry: Mapping[str, Any], base: Stage, where: str) -> Stage:
         given["lr_ratio"] = None
     if given.get("lr_ratio") is not None and "layer_decay" not in given:
         given["layer_decay"] = None
+    for key, other in (("train_sizes", "multi_scale"), ("multi_scale", "train_sizes")):
+        if given.get(key) and other not in given:
+            given[other] = () if other == "train_sizes" else 0.0
     given.setdefault("name", _default_name(given["open"]))
     return dataclasses.replace(base, **{"cache_features": False, **given})
 
@@ -233,15 +269,15 @@ def standard_stages(base: Stage, freeze_epochs: int, freeze_lr: float, unfreeze:
 
     Args:
         base: the values every stage starts from; its `epochs` are those after the frozen ones.
-        unfreeze: ``all``, or ``gradual`` = four equal parts of the depth (fewer when there are fewer epochs),
-            opened from the top (Howard & Ruder 2018).
+        unfreeze: ``all``, ``norms``, ``norms-biases``, or ``gradual`` = four equal parts of the depth (fewer when there
+            are fewer epochs), opened from the top (Howard & Ruder 2018).
     """
     stages = []
     if freeze_epochs:
         head = dataclasses.replace(base, name="head", open="head", epochs=freeze_epochs)
         stages.append(dataclasses.replace(head, lr=freeze_lr, find_lr=False))
-    if base.epochs and unfreeze == "all":
-        stages.append(dataclasses.replace(base, name="all", open="all", cache_features=False))
+    if base.epochs and unfreeze in ("all", *PARTS):
+        stages.append(dataclasses.replace(base, name=unfreeze, open=unfreeze, cache_features=False))
     elif base.epochs:
         parts = min(GRADUAL_PARTS, base.epochs)
         for part in range(1, parts + 1):

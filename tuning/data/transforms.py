@@ -50,6 +50,12 @@ class Crop:
             crop = v2.RandomResizedCrop(self.size, scale=CROP_AREA[strength], interpolation=self._mode, antialias=True)
             return crop(planes)  # type: ignore[no-any-return]
 
+    def resized(self, images: Tensor, size: int) -> Tensor:
+        """A batch of such squares at *size* pixels, uint8, on its device."""
+        if images.shape[-1] == size:
+            return images
+        return F.resize(images, [size, size], self._mode, antialias=True)  # type: ignore[no-any-return]
+
     @property
     def _mode(self) -> v2.InterpolationMode:
         return INTERPOLATIONS.get(self.interpolation, v2.InterpolationMode.BICUBIC)

@@ -4,12 +4,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from tuning.coerce import WholeNumbers
+
 ScheduleName = Literal["sgdr", "cosine", "one-cycle", "step", "triangular", "constant"]
 InitName = Literal["default", "kaiming", "xavier", "orthogonal", "zero"]
 LossName = Literal["cross-entropy", "bce", "focal"]
 
 if TYPE_CHECKING:
     Texts = tuple[str, ...]
+    Sizes = WholeNumbers
 else:
     Texts = Annotated[
         tuple,
@@ -21,5 +24,15 @@ else:
             str_from_instance=list,
         ),
     ]
-"""Any number of texts. Spelt for the parser: for ``tuple[str, ...]`` and ``X | None`` (not `Optional`) it imports
-typeguard, which makes every command slower."""
+    Sizes = Annotated[
+        WholeNumbers,
+        PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[INT [INT ...]]",
+            instance_from_str=lambda words: WholeNumbers(map(int, words)),
+            is_instance=lambda value: isinstance(value, WholeNumbers),
+            str_from_instance=lambda sizes: list(map(str, sizes)),
+        ),
+    ]
+"""Any number of texts, or of whole numbers. Spelt for the parser: for ``tuple[str, ...]`` and ``X | None`` (not
+`Optional`) it imports typeguard, which makes every command slower."""

@@ -17,8 +17,9 @@ class StageFlags:
     and augmentation is off in them."""
     epochs: int = 10
     """Epochs after --freeze-epochs. 0 = head only."""
-    unfreeze: Literal["all", "gradual"] = "all"
-    """Open everything at once, or from the top in four equal parts."""
+    unfreeze: Literal["all", "gradual", "norms", "norms-biases"] = "all"
+    """Open everything at once, or from the top in four equal parts; or, beside the head, normalisation layers alone, or
+    these and all biases (Ben Zaken et al. 2022)."""
     batch_norm: Literal["auto", "frozen", "train"] = "auto"
     """Statistics of BatchNorm in open layers: frozen keeps those of the weights, train follows the batches. auto =
     frozen with pretrained weights, train without. Closed layers are always frozen."""
