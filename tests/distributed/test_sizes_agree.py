@@ -14,6 +14,7 @@ stages:
 - {open: all, epochs: 1, image_size: 48, multi_scale: 0.4}
 - {open: all, epochs: 1, image_size: 64, train_sizes: [32, 48, 64]}
 - {open: norms, epochs: 1, image_size: 64, augment: none}
+- {open: norms-biases, epochs: 1, image_size: 64}
 """
 
 
@@ -27,7 +28,7 @@ def test_two_processes_equal_one(photos: Path, tmp_path: Path, name: str) -> Non
     (alone,) = run_ranks(1, run_stages, *argv)
     first, second = run_ranks(2, run_stages, *argv)
     # 32 pictures at the size of a quarter of the area, in two steps an epoch; 8 else, in five.
-    assert len(alone.losses) == 2 + 5 + 5 + 5
+    assert len(alone.losses) == 2 + 5 + 5 + 5 + 5
     assert max(alone.lrs[0].values()) == pytest.approx(4 * max(alone.lrs[2].values()))
     for after_one, on_first, on_second in zip(alone.states, first.states, second.states, strict=True):
         assert largest_difference(on_first, on_second) == 0
