@@ -52,7 +52,7 @@ def check(command: Command) -> None:
     # 1. Session, data, model and plan: what the run would refuse is refused here. Every line runs on every process.
     accelerator = session.start(run.precision, run.threads, run.timeout)
     speaker = Speaker(accelerator.is_main_process)
-    data, model, info = data_and_model(accelerator, flags)
+    data, model, info = data_and_model(accelerator, flags, command.stages)
     plan = plan_stages(accelerator, command, data, model, info)
     folder = run_folder.choose(run.output, "never", "check", data.name, session.same_everywhere(started))
     if accelerator.is_main_process:
@@ -65,7 +65,7 @@ def check(command: Command) -> None:
         pictures = read_pictures(
             accelerator,
             data,
-            image_size=max(planned.image_size for planned in plan),
+            image_size=max(planned.largest_size for planned in plan),
             in_full=asked.decode,
             workers=flags.batch.workers,
             progress=lambda done, total: speaker.show_progress("pictures", done, total, {}),

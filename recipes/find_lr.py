@@ -45,7 +45,7 @@ def find_lr(command: Command) -> None:
     # 1. Session, data, model, and the plan of the run that the learning rate is for.
     accelerator = session.start(run.precision, run.threads, run.timeout, shards=True)
     speaker = Speaker(accelerator.is_main_process)
-    data, model, info = data_and_model(accelerator, flags)
+    data, model, info = data_and_model(accelerator, flags, command.stages)
     plan = plan_stages(accelerator, command, data, model, info)
     number = chosen_stage(plan, finder.stage)
     planned = plan[number]

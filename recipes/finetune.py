@@ -62,7 +62,7 @@ def finetune(command: Command) -> None:
     speaker = Speaker(accelerator.is_main_process)
 
     # 2. Data and model.
-    data, model, info = data_and_model(accelerator, flags)
+    data, model, info = data_and_model(accelerator, flags, command.stages)
 
     # 3. The plan, before anything is spent.
     plan = plan_stages(accelerator, command, data, model, info)
@@ -113,7 +113,7 @@ def finetune(command: Command) -> None:
         def judge(feeds: StageFeeds, planned: StagePlan, stage: str) -> None:
             """Evaluate, and keep the weights if they are the best so far."""
             curves.flush(progress)
-            judged, size, main = {}, planned.image_size, accelerator.is_main_process
+            judged, size, main = {}, planned.eval_size, accelerator.is_main_process
             for whose, weighed, part in judges(accelerator, entered, feeds.judged, averages.at(progress), anew, size):
                 pictures = boundary.watch(feeds.evaluation)
                 judged[whose] = evaluate(accelerator, part, pictures, len(data.eval), classes)
@@ -191,7 +191,7 @@ def finetune(command: Command) -> None:
                         unreadable.check()
                     speaker.show_progress(planned.stage.name, step.step, ends_at, curves.latest)
                     asked, ends_run = boundary.agree(step.step), step.step == ends_at
-                    snapshots.take(entered, progress, planned.image_size, info, data.classes, anew)
+                    snapshots.take(entered, progress, planned.eval_size, info, data.classes, anew)
                     progress.due = step.ends_stage or (step.ends_epoch and not planned.stage.cache_features)
                     if progress.due or ends_run or asked.stop or asked.save:
                         save()  # before the evaluation, so that nothing is lost while that runs

@@ -61,7 +61,7 @@ def overfit(command: Command) -> None:
     # 1. Session, data and model. Every line below runs on every process.
     accelerator = session.start(run.precision, run.threads, run.timeout)
     speaker, processes = Speaker(accelerator.is_main_process), accelerator.num_processes
-    data, model, info = data_and_model(accelerator, flags)
+    data, model, info = data_and_model(accelerator, flags, command.stages)
 
     # 2. One small batch, and nothing that makes it harder to learn.
     replay = read_replay(Path(asked.replay), data.train) if asked.replay else None

@@ -16,6 +16,7 @@ from tuning.engine import train_steps
 from tuning.entering import enter_stage
 from tuning.evaluation import evaluate
 from tuning.feeds import stage_feeds
+from tuning.image_sizes import run_sizes
 from tuning.models import build
 from tuning.plan import make_plan
 from tuning.preparing import objective
@@ -53,12 +54,16 @@ def run_stages(*argv: str, threads: int = 1) -> StageRun:
     flags = command.flags
     accelerator = session.start(flags.run.precision, threads, shards=True)
     data = open_data(**vars(flags.data), seed=flags.run.seed)
+    sizes = run_sizes(command.stages)
     model, info = build(
         flags.model.model,
         classes=data.classes,
         weights=flags.model.weights,
         drop_rate=flags.model.drop_rate,
+        drop_path_rate=flags.model.drop_path_rate,
         image_size=flags.model.image_size,
+        final_size=sizes.final,
+        several_sizes=sizes.several,
         seed=flags.run.seed,
     )
     plan = make_plan(
@@ -68,6 +73,7 @@ def run_stages(*argv: str, threads: int = 1) -> StageRun:
         world_size=accelerator.num_processes,
         micro_batch=flags.batch.micro_batch,
         image_size=info.input_size,
+        lr_scaling=flags.optimisation.lr_scaling,
     )
     shard(accelerator, model)
     loss, clip, _ = objective(accelerator, flags, data)

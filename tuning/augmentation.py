@@ -25,7 +25,7 @@ def draw_batch(feed: Feed, progress: Progress, classes: Sequence[str], plots: Pa
     """
     if not isinstance(feed, TrainFeed) or (plots / FILE).exists():
         return
-    micro = feed.sample(progress.epoch, progress.stage_step % feed.order.steps_per_epoch, SHOWN)
+    micro = feed.sample(progress.epoch, progress.stage_step % feed.order.steps_per_epoch, SHOWN, progress.step)
     pictures = feed.shown(micro.inputs).permute(0, 2, 3, 1).cpu().numpy()
     captions = _captions(micro, classes)
     lines, side = -(-len(pictures) // COLUMNS), pictures.shape[1]

@@ -204,6 +204,12 @@ def _refuse_idle(flags: Flags, values: Mapping[str, Any], typed: Sequence[str], 
             f"--patience {values['patience']} has no effect: no stage that is evaluated after every epoch has more "
             f"than {values['patience'] + 1}. Lower it, raise --epochs, or drop it."
         )
+    if any(map(values.get, ("train_sizes", "multi_scale"))) and all(stage.cache_features for stage in stages):
+        key = "train-sizes" if values["train_sizes"] else "multi-scale"
+        raise UserError(
+            f"--{key} {_said(values[key.replace('-', '_')])} draws sizes of pictures, but every stage trains on cached "
+            "features. Drop it, or --cache-features."
+        )
     for key in ("mixup", "cutmix"):
         if values[key] and all(stage.cache_features for stage in stages):
             raise UserError(
@@ -239,7 +245,7 @@ def refuse_sampling(stage: Stage, flags: Flags) -> None:
 
 def _said(value: Any) -> str:
     """A value as it was typed."""
-    return " ".join(value) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _check_opening(flags: Flags, typed: Sequence[str], recipe: str) -> None:

@@ -18,6 +18,13 @@ LARGEST_TEXT = 2**20  # characters, with every alias written out
 LARGEST_NUMBER = 10**40  # more digits would break messages, files and floats
 
 
+class WholeNumbers(tuple[int, ...]):
+    """Any number of whole numbers."""
+
+
+NO_NUMBERS = WholeNumbers()
+
+
 def read_yaml(path: Path, where: str) -> dict[str, Any]:
     """The flags in a YAML file, with ``_`` for ``-`` in their names; an empty file has none.
 
@@ -114,7 +121,7 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def coerce(value: Any, wanted: Any, where: str) -> Any:
-    """*value* as the type *wanted* (int, float, str, bool, Literal, a union of these, or a tuple of texts).
+    """*value* as the type *wanted* (int, float, str, bool, Literal, a union, a tuple of texts, `WholeNumbers`).
 
     Raises:
         UserError: when no member of the type accepts the value; names *where* it was read.
@@ -141,6 +148,8 @@ def _as_member(value: Any, member: Any) -> Any:
         return _require(value in get_args(member), value)
     if member is tuple:  # of any number of texts
         return tuple(_as_member(one, str) for one in _require(isinstance(value, list | tuple), value))
+    if member is WholeNumbers:
+        return WholeNumbers(_as_member(one, int) for one in _require(isinstance(value, list | tuple), value))
     if value is None or isinstance(value, list | tuple | dict | set | bytes):
         raise TypeError
     if member is bool:
@@ -179,6 +188,8 @@ def _describe(wanted: Any) -> str:
             parts += [repr(v) for v in get_args(member)]
         elif member is tuple:
             parts.append("a list")
+        elif member is WholeNumbers:
+            parts.append("a list of whole numbers")
         else:
             parts.append(names[member])
     return " or ".join(parts)

@@ -199,7 +199,9 @@ def dump(flags: Flags, listed: list[Any] | None = None) -> str:
     """The flags as flat YAML, with the list of stages when there is one, and with what follows from the optimizer."""
     import yaml
 
-    kept = {key: value for key, value in flat(resolved(flags)).items() if key not in NOT_IN_CONFIG}
+    values = flat(resolved(flags)).items()
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values}
+    kept = {key: value for key, value in plain.items() if key not in NOT_IN_CONFIG}
     kept |= {"stages": resolved_stages(listed, flags)} if listed else {}
     text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     if {"\x85", "\u2028", "\u2029"}.isdisjoint(text):

@@ -202,15 +202,19 @@ def plan_facts(
     plan: Sequence[StagePlan], data: Data, info: ModelInfo, accelerator: Accelerator, folder: RunFolder, best_by: str
 ) -> list[tuple[str, str]]:
     """What a run is, in named sentences."""
-    pixels = sorted({planned.image_size for planned in plan})
     counts = np.bincount(label_array(data.train), minlength=len(data.classes))
+    pixels, judged_at = sorted({size for planned in plan for size in planned.sizes}), plan[-1].eval_size
+    evaluated = "" if pixels == [judged_at] else f", evaluated at {judged_at}"
     return [
         ("data", f"{data.name}: {len(data.train):,} training and {len(data.eval):,} evaluation images"),
         ("classes", class_sentence(data.classes, counts)),
         *(("sampling", told) for told in sampling_sentences(data.classes, counts, [p.stage for p in plan])),
         *(("augmentation", told) for told in augmentation_sentences([p.stage for p in plan])),
         ("model", f"{info.name}, {sum(g.parameters for g in plan[0].groups):,} parameters; {info.weights}"),
-        ("input", f"{', '.join(map(str, pixels))} pixels, mean {info.mean}, std {info.std}, {info.interpolation}"),
+        (
+            "input",
+            f"{', '.join(map(str, pixels))} pixels{evaluated}, mean {info.mean}, std {info.std}, {info.interpolation}",
+        ),
         (
             "hardware",
             f"{accelerator.num_processes} x {accelerator.device.type}, {precision_name(accelerator)}"
@@ -237,7 +241,7 @@ def stage_rows(plan: Sequence[StagePlan]) -> list[tuple[str, ...]]:
                 str(stage.epochs),
                 f"{planned.steps:,}",
                 f"{batch.batch_size} = {batch.world_size} x {batch.accumulation} x {batch.micro_batch}",
-                str(planned.image_size),
+                ", ".join(map(str, planned.sizes)),
                 f"{rates[0]:.3g} .. {rates[-1]:.3g}" + (" or found" if stage.find_lr else ""),
                 f"{stage.optimizer}, {stage.schedule}"
                 + (", features once" if stage.cache_features else "")

@@ -6,6 +6,7 @@ All names are those of the raw model, before any wrapper.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 
 import timm.optim._param_groups as timm_groups
@@ -13,6 +14,10 @@ from timm.models import group_parameters
 from torch import nn
 
 from tuning.errors import UserError, did_you_mean
+from tuning.stages import PARTS
+
+# By the name of the class: timm's own norms are no subclasses of torch's. Affine takes the place of a norm in ResMLP.
+_NORM = re.compile(r"(Batch|Layer|Group|Instance|Rms|RMS|Evo|Response|Simple)Norm|^Affine$")
 
 
 def layer_ids(model: nn.Module) -> dict[str, int]:
@@ -60,8 +65,10 @@ def open_names(model: nn.Module, open: str | int | float) -> frozenset[str]:
     """Names of the parameters that a stage trains.
 
     'head': the classifier alone. 'all': everything. A whole number n: the head, its layer, and the n layers next
-    below. A fraction 0 < f <= 1: that part of the depth, ``n = ceil(f * layers below the head)``. Raises UserError
-    for anything else.
+    below. A fraction 0 < f <= 1: that part of the depth, ``n = ceil(f * layers below the head)``. At any depth, beside
+    the head: 'norms': scales and shifts of all normalisation layers (Frankle et al. 2021, arXiv:2003.00152; the last
+    stage of FixRes, Touvron et al. 2019, arXiv:1906.06423). 'norms-biases': those and all biases (BitFit, Ben Zaken et
+    al. 2022, arXiv:2106.10199, opens biases alone). Raises UserError for anything else.
     """
     head = head_names(model)
     ids = layer_ids(model)
@@ -69,8 +76,28 @@ def open_names(model: nn.Module, open: str | int | float) -> frozenset[str]:
         return head
     if open == "all":
         return frozenset(ids)
+    if open in PARTS:
+        norms = norm_names(model)
+        if not norms:
+            raise UserError(f"open={open!r}: {type(model).__name__} has no normalisation layers with parameters.")
+        return head | norms | (bias_names(model) if open == "norms-biases" else frozenset())
     lowest = max(ids.values()) - _layers_to_open(open, max(ids.values()))
     return head | {name for name, depth in ids.items() if depth >= lowest}
+
+
+def norm_names(model: nn.Module) -> frozenset[str]:
+    """Names of the scales and shifts of all normalisation layers, of whatever kind."""
+    return frozenset(
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if _NORM.search(type(module).__name__)
+        for name, _ in module.named_parameters(recurse=False)
+    )
+
+
+def bias_names(model: nn.Module) -> frozenset[str]:
+    """Names of all parameters that are added to something: ``bias``, and ``q_bias`` and ``v_bias`` of some models."""
+    return frozenset(name for name, _ in model.named_parameters() if re.search(r"(^|[._])bias$", name))
 
 
 def set_open(model: nn.Module, names: Collection[str]) -> None:
@@ -87,8 +114,9 @@ def closed_eval(model: nn.Module) -> None:
     """After ``model.train()``: put modules whose parameters are all closed into evaluation mode, with all they contain.
 
     Closed layers then compute what they computed in pretraining: no dropout, no drop-path, and running statistics
-    that stand still (``requires_grad=False`` alone lets BatchNorm drift). Modules without parameters follow the
-    module that holds them.
+    that stand still (``requires_grad=False`` alone lets BatchNorm drift). A module of which a part is open trains: the
+    drop-path of a block whose norms are open acts, the dropout within its closed attention rests. Modules without
+    parameters follow the module that holds them.
     """
     parameters = list(model.parameters())
     if parameters and not any(parameter.requires_grad for parameter in parameters):
@@ -120,8 +148,11 @@ def _matched_ids(model: nn.Module) -> Mapping[str, int]:
 def _layers_to_open(open: str | int | float, below: int) -> int:
     """How many of the *below* layers under the head's own are open."""
     if isinstance(open, str):
-        hint = did_you_mean(open, ("head", "all"))
-        raise UserError(f"open={open!r} is not a depth: say 'head', 'all', a number of layers or a fraction.{hint}")
+        hint = did_you_mean(open, ("head", "all", *PARTS))
+        raise UserError(
+            f"open={open!r} is not a depth: say 'head', 'all', 'norms', 'norms-biases', a number of layers or a "
+            f"fraction.{hint}"
+        )
     if isinstance(open, float) and 0 < open <= 1:
         return math.ceil(open * below)
     if isinstance(open, int) and not isinstance(open, bool) and 1 <= open <= below:

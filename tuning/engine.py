@@ -42,6 +42,7 @@ class Step:
         lrs: learning rate of every open group in this step.
         ends_epoch: the step completed a pass over the data.
         ends_stage: the step was the last of its stage.
+        image_size: side of its pictures in pixels, where steps draw it.
     """
 
     step: int
@@ -54,6 +55,7 @@ class Step:
     lrs: dict[str, float]
     ends_epoch: bool
     ends_stage: bool
+    image_size: int | None = None
 
     @property
     def rows(self) -> list[int]:
@@ -79,7 +81,7 @@ def train_steps(
     total = entered.stage.steps(per_epoch)
     while progress.stage_step < total and not progress.stage_over:
         first = progress.stage_step % per_epoch
-        stream = feed.epoch(progress.epoch, first)
+        stream = feed.epoch(progress.epoch, first, progress.step)
         for in_epoch in range(first, per_epoch):
             if not entered.trained.training:  # an evaluation came between
                 entered.train_mode()
@@ -90,7 +92,7 @@ def train_steps(
             step = progress.step
             while (mean_loss := _attempt(accelerator, entered, stream, loss, feed, images, seed, step)) is None:
                 start_over(accelerator, entered, before, feed, step + 1)
-                stream = feed.epoch(progress.epoch, in_epoch)
+                stream = feed.epoch(progress.epoch, in_epoch, step)
             with no_second_attempt(step + 1):
                 grad_norm = _update(accelerator, entered, clip, mean_loss, before)
             order, place = feed.order, (progress.epoch, in_epoch)
@@ -102,8 +104,10 @@ def train_steps(
             progress.micro_batch = feed.shrunk_to or progress.micro_batch
             epoch = progress.epoch + (0.0 if ends_epoch else (in_epoch + 1) / per_epoch)
             ends_stage = progress.stage_step == total
-            lrs = entered.lrs
-            yield Step(progress.step, epoch, images, order, place, mean_loss, grad_norm, lrs, ends_epoch, ends_stage)
+            lrs, size = entered.lrs, feed.image_size(step)
+            yield Step(
+                progress.step, epoch, images, order, place, mean_loss, grad_norm, lrs, ends_epoch, ends_stage, size
+            )
 
 
 def _attempt(

@@ -52,7 +52,7 @@ def judges(
     Args:
         part: the raw model, or its head on cached features.
         averages: models with averaged weights by name.
-        image_size: of the stage, in pixels.
+        image_size: that it is evaluated at, in pixels.
     """
     moved = list(entered.statistics)
     for name, model in {"": entered.model, **averages}.items():

@@ -70,7 +70,8 @@ def stage_feeds(
     if stage.sampling != "shuffle":
         order = sampled_order(label_array(data.train), stage.sampling, seed, planned.batch, rank)
     if stage.cache_features:
-        pictures = plain_feed(accelerator, data.train, planned, info, workers, unreadable.train)
+        size = planned.image_size
+        pictures = judging_feed(accelerator, data.train, size, info, workers, unreadable.train)
         train_features = compute_features(accelerator, entered.model, pictures)
         eval_features = compute_features(accelerator, entered.model, evaluation)
         unreadable.check()
@@ -81,7 +82,7 @@ def stage_feeds(
     train = TrainFeed(
         data.train,
         order,
-        Crop(planned.image_size, info.interpolation, info.crop_pct, stage_operations(stage, info.mean)),
+        Crop(planned.largest_size, info.interpolation, info.crop_pct, stage_operations(stage, info.mean)),
         Normalise(info.mean, info.std),
         augment=stage.augment,
         flip=flip,
@@ -90,6 +91,7 @@ def stage_feeds(
         unreadable=unreadable.train,
         mixing=Mixing(stage.mixup, stage.cutmix, seed, len(data.train)) if stage.mixes else None,
         erasing=Erasing(stage.erases, seed) if stage.erases else None,
+        sizes=planned.sizes if stage.varies else (),
     )
     return StageFeeds(train, evaluation, entered.model)
 
@@ -121,8 +123,8 @@ def plain_feed(
     workers: int,
     unreadable: Unreadable | None = None,
 ) -> EvalFeed:
-    """This process's part of *rows*, every picture once, with the evaluation crop at the stage's size."""
-    return judging_feed(accelerator, rows, planned.image_size, info, workers, unreadable)
+    """This process's part of *rows*, every picture once, with the evaluation crop at the size of evaluations."""
+    return judging_feed(accelerator, rows, planned.eval_size, info, workers, unreadable)
 
 
 def judging_feed(

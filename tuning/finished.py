@@ -141,7 +141,7 @@ def _open_model(folder: Path, run: Path | None, image_size: int | None, crop_pct
 def _open_checkpoint(folder: Path, image_size: int | None, crop_pct: float | None) -> Finished:
     """Weights of a checkpoint, in the model that its run describes; without a stored temperature."""
     run = folder.resolve().parent.parent
-    found = manifest.read(folder)
+    manifest.read(folder)
     if not (run / "model" / TIMM_CONFIG).exists():
         raise UserError(
             f"--run {folder}: the run it belongs to has no {run / 'model' / TIMM_CONFIG}, which names the classes. A "
@@ -153,19 +153,19 @@ def _open_checkpoint(folder: Path, image_size: int | None, crop_pct: float | Non
     file = folder / (manifest.EMA if averaged else manifest.WEIGHTS)
     name = f"{LOCAL}{run / 'model'}"
     model, info = build(name, classes=classes, weights=str(file), image_size=image_size, crop_pct=crop_pct)
-    size = image_size or _size_of_stage(config, found.progress.stage) or info.input_size
+    size = image_size or _final_size(config) or info.input_size
     said = f"the {'averaged weights (EMA)' if averaged else 'weights'} of {folder}"
     return Finished(model.eval(), replace(info, weights=said, input_size=size), classes, run, config, 1.0)
 
 
-def _size_of_stage(config: Mapping[str, Any], number: int) -> int | None:
-    """Side of the input in the stage of a checkpoint, in pixels; None where all stages of the run have the same."""
+def _final_size(config: Mapping[str, Any]) -> int | None:
+    """Side of the input at which a run evaluates, in pixels: that of its last stage; None where no stage names one."""
     stages = [{as_key(key): value for key, value in stage.items()} for stage in config.get("stages") or ()]
     sizes = [stage.get("image_size") for stage in stages]
     if not any(sizes):
         return None
     own = config.get("image_size") or look_up(str(config["model"]))[1]["input_size"][-1]
-    return int(sizes[min(number, len(sizes) - 1)] or own)
+    return int(sizes[-1] or own)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

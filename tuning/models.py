@@ -67,6 +67,8 @@ def build(
     drop_path_rate: float | None = None,
     image_size: int | None = None,
     crop_pct: float | None = None,
+    final_size: int | None = None,
+    several_sizes: bool = False,
     seed: int = 0,
 ) -> tuple[nn.Module, ModelInfo]:
     """A timm model with one output a class, on the CPU, the same on every process for the same arguments.
@@ -75,14 +77,18 @@ def build(
     else the hub), 'none', or a weight file. *init* applies to the whole network and needs weights 'none'; *head_init*
     to the classifier, whose pretrained values stay only under 'default' and with as many classes as before.
     *drop_rate*, *drop_path_rate*: in [0, 1), None = the model's own. *image_size*: pixels, None = the model's own.
-    *crop_pct*: share of the shorter side that evaluation keeps, None = the model's own.
+    *crop_pct*: share of the shorter side that evaluation keeps, None = the model's own. *final_size*: pixels that
+    position embeddings are laid out for, None = *image_size*. *several_sizes*: they are resampled in every forward pass
+    to the size of its pictures, where the model has them and timm can (``dynamic_img_size``).
 
     Raises UserError for an unknown name, weights that cannot be had or do not fit, and values the model does not take.
     """
     _check_arguments(weights, init, head_init, drop_rate, drop_path_rate, image_size)
     architecture, cfg, model_args = look_up(name)
+    kept_size = final_size or image_size
     count = classes if isinstance(classes, int) else len(classes)
-    wanted = {"num_classes": count, "drop_rate": drop_rate, "drop_path_rate": drop_path_rate, "img_size": image_size}
+    wanted = {"num_classes": count, "drop_rate": drop_rate, "drop_path_rate": drop_path_rate, "img_size": kept_size}
+    wanted |= {"dynamic_img_size": several_sizes or None}
     wanted = {key: value for key, value in wanted.items() if value is not None}
 
     def create(pretrained: bool = False, overlay: dict[str, Any] | None = None) -> nn.Module:
@@ -95,27 +101,32 @@ def build(
     if head_init != "default":
         init_head(model, head_init, seed + 1)
         said += f", its head drawn anew ({head_init})"
-    if image_size is not None:
-        check_image_size(model, name, image_size, cfg)
+    if kept_size is not None:
+        check_image_size(model, name, kept_size, cfg)
     if "img_size" in wanted:
-        model_args = model_args | {"img_size": image_size}
+        model_args = model_args | {"img_size": kept_size}
     info = _info(model, name, architecture, said, image_size, model_args)
     return model, info if crop_pct is None else replace(info, crop_pct=crop_pct)
 
 
-def check_image_size(model: nn.Module, name: str, image_size: int, cfg: Mapping[str, Any] | None = None) -> None:
-    """Send one zero image through *model*. Raises UserError with the model's own size when *image_size* fails."""
+def check_image_size(
+    model: nn.Module, name: str, image_size: int, cfg: Mapping[str, Any] | None = None, flag: str = "--image-size"
+) -> None:
+    """Send one zero image through *model*.
+
+    Raises UserError with *flag*, which asks for *image_size*, and the model's own size when it fails.
+    """
     training = {module: module.training for module in model.modules()}
     parameter = next(model.parameters())
     cfg = cfg or getattr(model, "pretrained_cfg", {})
-    _refuse_unseen_pixels(model, name, image_size, cfg)
+    _refuse_unseen_pixels(model, name, image_size, cfg, flag)
     model.eval()
     try:
         # Not inference_mode: what a model caches in a forward pass must still serve in training.
         with torch.no_grad():
             model(torch.zeros(1, 3, image_size, image_size, device=parameter.device, dtype=parameter.dtype))
     except Exception as error:
-        raise timm_factory.wrong_size(name, image_size, cfg, error) from error
+        raise timm_factory.wrong_size(name, image_size, cfg, error, flag=flag) from error
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -268,7 +279,7 @@ def _info(
     )
 
 
-def _refuse_unseen_pixels(model: nn.Module, name: str, image_size: int, cfg: Mapping[str, Any]) -> None:
+def _refuse_unseen_pixels(model: nn.Module, name: str, image_size: int, cfg: Mapping[str, Any], flag: str) -> None:
     """timm cuts an image into whole patches and drops what is left at the right and the bottom, without a word."""
     patch = getattr(model, "patch_embed", None)
     if isinstance(patch, PatchEmbed) and not patch.dynamic_img_pad:
@@ -276,5 +287,5 @@ def _refuse_unseen_pixels(model: nn.Module, name: str, image_size: int, cfg: Map
         unseen = image_size % side
         if unseen:
             raise timm_factory.wrong_size(
-                name, image_size, cfg, ValueError(f"it would not see the last {unseen} pixels"), side
+                name, image_size, cfg, ValueError(f"it would not see the last {unseen} pixels"), side, flag
             )

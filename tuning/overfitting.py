@@ -90,6 +90,9 @@ def small_plan(
         cutmix=0.0,
         sampling="shuffle",
         random_erasing=0.0,
+        train_sizes=(),
+        multi_scale=0.0,
+        batch_scaling="none",
         cache_features=False,
     )
     (planned,) = make_plan(

@@ -11,6 +11,8 @@ from tuning.batch_norm import norms, refuse_foreign_norms
 from tuning.depth import open_names
 from tuning.errors import UserError
 from tuning.groups import decay_for_ratio, param_groups
+from tuning.image_sizes import batch_at, sizes_of, stride
+from tuning.models import ModelInfo, check_image_size
 from tuning.optimizers import check_optimizer
 from tuning.progress import Progress
 from tuning.sizes import LARGEST_AUTO_MICRO_BATCH, BatchPlan, plan_batch
@@ -46,6 +48,8 @@ class StagePlan:
         stage: the description.
         batch: how an optimizer step is shared out.
         image_size: side of the input in pixels.
+        sizes: sides of the training input, of which every optimizer step draws one; `image_size` alone if it doesn't.
+        eval_size: side at which the stage is evaluated, that of the last stage: evaluations of a run compare.
         steps_per_epoch: optimizer steps of one pass over the data; the last may be short.
         layer_decay: LR factor from one layer to the next lower one.
         groups: every parameter group, stem first.
@@ -55,6 +59,8 @@ class StagePlan:
     stage: Stage
     batch: BatchPlan
     image_size: int
+    sizes: tuple[int, ...]
+    eval_size: int
     steps_per_epoch: int
     layer_decay: float
     groups: tuple[GroupPlan, ...]
@@ -64,6 +70,11 @@ class StagePlan:
     def steps(self) -> int:
         """Optimizer steps of the stage."""
         return self.stage.steps(self.steps_per_epoch)
+
+    @property
+    def largest_size(self) -> int:
+        """Side of the largest training input in pixels."""
+        return max(self.sizes)
 
     @property
     def open_parameters(self) -> int:
@@ -97,21 +108,55 @@ def make_plan(
     micro_batch: int | str,
     image_size: int,
     largest_auto: int = LARGEST_AUTO_MICRO_BATCH,
+    lr_scaling: str = "none",
 ) -> tuple[StagePlan, ...]:
     """Work out every stage; the model is only read.
 
     Args:
         image_size: side of the input, for stages that don't name their own.
         largest_auto: images that a *micro_batch* of ``auto`` doesn't go beyond.
+        lr_scaling: how the learning rate follows a batch that follows the size (``batch_scaling``).
 
     Raises:
         UserError: a batch that doesn't divide, an unknown optimizer, a depth or a decay the model can't have, or
             ``cache_features`` for a model with two heads.
     """
-    return tuple(
-        _plan_stage(stage, model, train_images, world_size, micro_batch, stage.image_size or image_size, largest_auto)
-        for stage in stages
-    )
+    final = stages[-1].image_size or image_size
+    plan = []
+    for stage in stages:
+        size = stage.image_size or image_size
+        following = batch_at(stage, size, final, lr_scaling, train_images)
+        plan.append(_plan_stage(following, model, train_images, world_size, micro_batch, (size, final), largest_auto))
+    return tuple(plan)
+
+
+def check_sizes(plan: Sequence[StagePlan], model: nn.Module, info: ModelInfo) -> None:
+    """Refuse sizes that the model can't take.
+
+    Raises:
+        UserError: names the flag or key, what is allowed, and why.
+    """
+    checked = set[int]()
+    for planned in plan:
+        for size in (planned.image_size, *planned.sizes, planned.eval_size):
+            flag = "--image-size" if size in (planned.image_size, planned.eval_size) else planned.stage.drawn_by
+            if size not in checked:
+                _check_size(model, info, size, flag)
+            checked.add(size)
+
+
+def _check_size(model: nn.Module, info: ModelInfo, size: int, flag: str) -> None:
+    built = info.model_args.get("img_size", info.input_size)
+    try:
+        check_image_size(model, info.name, size, flag=flag)
+    except UserError as error:
+        if size == built or size % stride(model):
+            raise
+        raise UserError(
+            f"{flag} {size}: {type(model).__name__} works at the {built} pixels only that it is built for, because "
+            "timm has no dynamic_img_size for it. Give the whole run one --image-size, without --train-sizes and "
+            "--multi-scale, or choose another --model (ViT, Swin, EVA, and networks of convolutions take several)."
+        ) from error
 
 
 def last_step(plan: Sequence[StagePlan], progress: Progress, max_steps: int | None) -> int:
@@ -134,9 +179,10 @@ def _plan_stage(
     train_images: int,
     world_size: int,
     micro_batch: int | str,
-    image_size: int,
+    at: tuple[int, int],
     largest_auto: int,
 ) -> StagePlan:
+    """*at*: sides of its input in pixels, in training and in evaluation."""
     check_optimizer(stage.optimizer)
     if stage.cache_features and not isinstance(model.get_classifier(), nn.Module):  # type: ignore[operator]
         raise UserError(
@@ -153,7 +199,8 @@ def _plan_stage(
     groups = _plan_groups(stage, model, decay)
     _refuse_equal_rates(stage, groups)
     per_epoch, opened = batch.steps_per_epoch(train_images), open_names(model, stage.open)
-    planned = StagePlan(stage, batch, image_size, per_epoch, decay, groups, _keeps_statistics(model, opened))
+    shown = at[0], sizes_of(stage, at[0], model), at[1]
+    planned = StagePlan(stage, batch, *shown, per_epoch, decay, groups, _keeps_statistics(model, opened))
     if planned.keeps_statistics and stage.batch_norm == "sync":
         refuse_foreign_norms(model, f"stage {stage.name!r}: --batch-norm sync")
     if stage.swa_epochs and len(planned.swa_steps) < 2:

@@ -18,22 +18,29 @@ from tuning.data.sources import Data, open_data
 from tuning.data.tables import label_array
 from tuning.flags import ColorName, Flags
 from tuning.head_fit import linear_classifier
+from tuning.image_sizes import run_sizes
 from tuning.losses import Loss, balanced_weights, chosen
 from tuning.lr_auto import before_search
-from tuning.models import ModelInfo, build, check_image_size
-from tuning.plan import StagePlan, make_plan
+from tuning.models import ModelInfo, build
+from tuning.plan import StagePlan, check_sizes, make_plan
 from tuning.sizes import largest_auto_micro_batch
 from tuning.stages import Stage
 
 
-def data_and_model(accelerator: Accelerator, flags: Flags) -> tuple[Data, nn.Module, ModelInfo]:
+def data_and_model(
+    accelerator: Accelerator, flags: Flags, stages: Sequence[Stage]
+) -> tuple[Data, nn.Module, ModelInfo]:
     """Open the data and build the raw model for its classes, on the accelerator's device. All processes take part.
+
+    Args:
+        stages: what the model must be able to go through, of whatever image sizes.
 
     Raises:
         UserError: from `open_data` and `build`.
     """
     with accelerator.local_main_process_first():  # the others find its cache
         data = open_data(**vars(flags.data), seed=flags.run.seed)
+    sizes = run_sizes(stages)
     model, info = build(
         flags.model.model,
         classes=data.classes,
@@ -44,6 +51,8 @@ def data_and_model(accelerator: Accelerator, flags: Flags) -> tuple[Data, nn.Mod
         drop_path_rate=flags.model.drop_path_rate,
         image_size=flags.model.image_size,
         crop_pct=flags.model.crop_pct,
+        final_size=sizes.final,
+        several_sizes=sizes.several,
         seed=flags.run.seed,
     )
     # What will be split is never whole on a device.
@@ -67,9 +76,9 @@ def plan_stages(
         micro_batch=command.flags.batch.micro_batch,
         image_size=info.input_size,
         largest_auto=largest_auto_micro_batch(accelerator.device.type),
+        lr_scaling=command.flags.optimisation.lr_scaling,
     )
-    for planned in plan:
-        check_image_size(model, info.name, planned.image_size)
+    check_sizes(plan, model, info)
     if command.flags.model.head_init == "fitted":
         linear_classifier(model)
     return plan

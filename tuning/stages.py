@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tuning import schedules
-from tuning.coerce import as_key, coerce, field_types, shown
+from tuning.coerce import NO_NUMBERS, WholeNumbers, as_key, coerce, field_types, shown
 from tuning.errors import UserError, did_you_mean
-from tuning.flags import AugmentName, ColorName, SamplingName, ScheduleName
+from tuning.flags.names import AugmentName, ColorName, SamplingName, ScheduleName
 
 GRADUAL_PARTS = 4
+PARTS = ("norms", "norms-biases")  # kinds of parameters, at any depth, that are open beside the head
 MOST_LAYERS = 10**6
 STRONG_ERASING = 0.25  # probability with --augment strong
 # lr: auto, what follows from the stage before, and what belongs to the last stage.
@@ -28,7 +29,7 @@ class Stage:
     Attributes:
         name: shown in the plan and marked in the curves.
         open: ``head``; ``all``; a whole number n = the head and the n layers below it; a fraction f in (0, 1] = the
-            head and that part of the depth.
+            head and that part of the depth; ``norms`` = the head and all normalisation layers; ``norms-biases``.
         epochs: passes over the data.
         lr: peak learning rate of the head, after --lr-scaling.
         lr_ratio: stem LR / head LR (None when `layer_decay` is given).
@@ -45,6 +46,9 @@ class Stage:
         patience: evaluations in a row without a better one after which the stage ends; None = it runs to its end.
         plateau_patience: those after which the plateau schedule drops.
         new_optimizer: the stage before names another one, so that this one starts without state.
+        train_sizes: sides of the training input, of which every optimizer step draws one; none = `image_size`.
+        multi_scale: the same as a fraction of `image_size` on either side, 0 = off.
+        batch_scaling: ``area`` = `batch_size` is that of the last stage's size, and larger where pictures are smaller.
     """
 
     name: str
@@ -80,6 +84,9 @@ class Stage:
     patience: int | None = None
     plateau_patience: int = 2
     new_optimizer: bool = False
+    train_sizes: tuple[int, ...] = NO_NUMBERS
+    multi_scale: float = 0.0
+    batch_scaling: Literal["none", "area"] = "none"
 
     @property
     def mixes(self) -> bool:
@@ -98,6 +105,16 @@ class Stage:
     def may_end_early(self) -> bool:
         """Evaluations may end the stage before its last epoch. On cached features there is one, at its end."""
         return self.patience is not None and not self.cache_features and self.epochs > self.patience + 1
+
+    @property
+    def varies(self) -> bool:
+        """Optimizer steps draw the size of their pictures."""
+        return bool(self.train_sizes or self.multi_scale) and not self.cache_features
+
+    @property
+    def drawn_by(self) -> str:
+        """The flag that says which sizes those are."""
+        return "--train-sizes" if self.train_sizes else "--multi-scale"
 
     def steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole stage."""
@@ -212,6 +229,7 @@ def check_stage(stage: Stage) -> None:
     refuse(stage.patience is None or stage.patience >= 1, "patience", "give at least 1 evaluation")
     refuse(stage.plateau_patience >= 1, "plateau_patience", "give at least 1 evaluation")
     _check_patience(stage)
+    _check_sizes(stage, refuse)
     if stage.layer_decay is not None and stage.lr_ratio is not None:
         raise UserError(
             f"stage {stage.name!r}: --layer-decay {stage.layer_decay} and --lr-ratio {stage.lr_ratio} exclude each "
@@ -253,6 +271,20 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
+def _check_sizes(stage: Stage, refuse: Callable[[bool, str, str], None]) -> None:
+    sizes = stage.train_sizes
+    several = not sizes or (len(sizes) == len({*sizes}) > 1 and min(sizes) >= 8)
+    refuse(several, "train_sizes", "give two or more different sizes from 8 pixels, for example 96 128 160")
+    refuse(
+        0 <= stage.multi_scale <= 0.9, "multi_scale", "give a fraction of --image-size in [0, 0.9], for example 0.25"
+    )
+    if sizes and stage.multi_scale:
+        raise UserError(
+            f"stage {stage.name!r}: --train-sizes {' '.join(map(str, sizes))} and --multi-scale {stage.multi_scale:g} "
+            "exclude each other: both say which sizes are drawn. Give one of the two."
+        )
+
+
 def _finite_from_zero(value: float) -> bool:
     return math.isfinite(value) and value >= 0
 
@@ -260,13 +292,13 @@ def _finite_from_zero(value: float) -> bool:
 def _check_open(stage: Stage) -> None:
     depth = stage.open
     if isinstance(depth, str):
-        ok = depth in ("head", "all")
+        ok = depth in ("head", "all", *PARTS)
     else:
         ok = 1 <= depth <= MOST_LAYERS if isinstance(depth, int) else 0 < depth <= 1
     if not ok:
         raise UserError(
-            f"stage {shown(stage.name)}: open is {shown(depth)}; give head, all, a number of layers from 1, or a "
-            "fraction of the depth in (0, 1]."
+            f"stage {shown(stage.name)}: open is {shown(depth)}; give head, all, norms, norms-biases, a number of "
+            "layers from 1, or a fraction of the depth in (0, 1]."
         )
     if stage.cache_features and depth != "head":
         raise UserError(
@@ -290,6 +322,7 @@ def read_stages(listed: Sequence[Mapping[str, Any]], base: Stage, where: str) ->
 
 def _read_stage(entry: Mapping[str, Any], base: Stage, where: str) -> Stage:
     types = {key: kind for key, kind in field_types(Stage).items() if key not in NOT_KEYS}
+    types["train_sizes"] = WholeNumbers
     given: dict[str, Any] = {}
     for key, value in entry.items():
         key = as_key(key)
@@ -308,6 +341,9 @@ def _read_stage(entry: Mapping[str, Any], base: Stage, where: str) -> Stage:
         given["lr_ratio"] = None
     if given.get("lr_ratio") is not None and "layer_decay" not in given:
         given["layer_decay"] = None
+    for key, other in (("train_sizes", "multi_scale"), ("multi_scale", "train_sizes")):
+        if given.get(key) and other not in given:
+            given[other] = () if other == "train_sizes" else 0.0
     given.setdefault("name", _default_name(given["open"]))
     return dataclasses.replace(base, **{"cache_features": False, **given})
 
@@ -335,15 +371,15 @@ def standard_stages(base: Stage, freeze_epochs: int, freeze_lr: float, unfreeze:
 
     Args:
         base: the values every stage starts from; its `epochs` are those after the frozen ones.
-        unfreeze: ``all``, or ``gradual`` = four equal parts of the depth (fewer when there are fewer epochs),
-            opened from the top (Howard & Ruder 2018).
+        unfreeze: ``all``, ``norms``, ``norms-biases``, or ``gradual`` = four equal parts of the depth (fewer when there
+            are fewer epochs), opened from the top (Howard & Ruder 2018).
     """
     stages = []
     if freeze_epochs:
         head = dataclasses.replace(base, name="head", open="head", epochs=freeze_epochs)
         stages.append(dataclasses.replace(head, lr=freeze_lr, find_lr=False))
-    if base.epochs and unfreeze == "all":
-        stages.append(dataclasses.replace(base, name="all", open="all", cache_features=False))
+    if base.epochs and unfreeze in ("all", *PARTS):
+        stages.append(dataclasses.replace(base, name=unfreeze, open=unfreeze, cache_features=False))
     elif base.epochs:
         parts = min(GRADUAL_PARTS, base.epochs)
         for part in range(1, parts + 1):

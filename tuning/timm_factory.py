@@ -40,8 +40,8 @@ def create(
             refused = next((key for key in wanted if f"'{key}'" in str(error)), None)
             if refused is None:
                 raise
-            if refused == "img_size" or wanted[refused] == 0:
-                del wanted[refused]  # such a network takes any size, or drops nothing anyway
+            if refused in ("img_size", "dynamic_img_size") or wanted[refused] == 0:
+                del wanted[refused]  # such a network takes any size or none but its own, or drops nothing anyway
             else:
                 flag = refused.replace("_", "-")
                 raise UserError(f"{name} takes no --{flag} (got {wanted[refused]}): leave it out.") from error
@@ -52,7 +52,12 @@ def create(
 
 
 def wrong_size(
-    name: str, image_size: int, cfg: Mapping[str, Any], error: BaseException, multiple: int | None = None
+    name: str,
+    image_size: int,
+    cfg: Mapping[str, Any],
+    error: BaseException,
+    multiple: int | None = None,
+    flag: str = "--image-size",
 ) -> UserError:
     """The error for an image size that *name* cannot work at; *cfg* holds its own size."""
     own = (cfg.get("input_size") or (3, 224, 224))[-1]
@@ -60,7 +65,7 @@ def wrong_size(
     multiple = multiple or (int(patch[1]) if patch else None)
     hint = f"; choose a multiple of {multiple}" if multiple else ""
     return UserError(
-        f"--image-size {image_size} does not work with {name} ({first_line(error)}). Its own size is {own}{hint}."
+        f"{flag} {image_size} does not work with {name} ({first_line(error)}). Its own size is {own}{hint}."
     )
 
 

@@ -84,6 +84,8 @@ class Curves:
         steps, self._steps = self._steps, []
         for (step, stage), (loss, norm) in zip(steps, rows, strict=True):
             values = {"train/loss": loss, "train/grad_norm": norm, **{f"lr/{n}": lr for n, lr in step.lrs.items()}}
+            if step.image_size is not None:
+                values["train/image_size"] = step.image_size
             if step is steps[-1][0]:
                 values |= {"perf/images_per_second": speed, "perf/memory_gb": memory_gb()}
                 values["perf/micro_batch"] = step.order.batch.micro_batch

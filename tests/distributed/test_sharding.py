@@ -87,6 +87,31 @@ def test_other_families(photos: Path, model: str) -> None:
 
 
 @pytest.mark.slow
+def test_open_parts_and_several_sizes(photos: Path, tmp_path: Path) -> None:
+    """Of every block a part is open; position embeddings are resampled from what is gathered."""
+    preset = tmp_path / "parts.yaml"
+    preset.write_text(
+        "stages:\n- {open: norms, epochs: 1, image_size: 32}\n"
+        "- {open: norms-biases, epochs: 1, image_size: 64, train_sizes: [32, 64]}\n"
+        "- {open: all, epochs: 1, image_size: 48}\n"
+    )
+    argv = (
+        "--data",
+        str(photos),
+        "--model",
+        "test_vit3",
+        "--weights",
+        "none",
+        "--batch-size",
+        "8",
+        "--micro-batch",
+        "2",
+    )
+    argv += ("--micro-batch", "2", "--preset", str(preset), "--optimizer", "sgd", "--lr", "0.05")
+    same(run_ranks(2, sharded_stages, {}, *argv)[0], run_ranks(2, run_stages, *argv)[0])
+
+
+@pytest.mark.slow
 def test_bf16_and_checkpointed_activations(photos: Path) -> None:
     """Blocks are gathered in bf16, gradients summed in float32: near the run in bf16 that is not split."""
     argv = ("--data", str(photos), *VIT, *STAGES, "--optimizer", "sgd", "--lr", "0.02", "--precision", "bf16")

@@ -53,3 +53,18 @@ def test_frozen_statistics_stay_in_open_layers(photos: Path, tmp_path: Path) -> 
     statistics = [name for name in run.states[0] if "running_" in name]
     assert statistics
     assert all((run.states[0][name] == run.states[-1][name]).all() for name in statistics)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_open_parts_move_alone(photos: Path, tmp_path: Path, world_size: int) -> None:
+    """Norms, then norms and biases, at every depth, between stages that open the head and everything."""
+    preset, opened = tmp_path / "parts.yaml", ("norms", "head", "norms-biases", "all")
+    preset.write_text("stages:\n" + "".join(f"- {{open: {part}, epochs: 1}}\n" for part in opened))
+    argv = ("--data", str(photos), "--model", "test_efficientnet", "--weights", "none", "--image-size", "48")
+    argv += ("--batch-size", "8", "--lr", "1e-2", "--weight-decay", "0.1", "--batch-norm", "train", "--lr-ratio", "0.2")
+    runs = run_ranks(world_size, run_stages, *argv, "--preset", str(preset), "--drop-path-rate", "0.2")
+    assert len(runs) == world_size
+    for run in runs:
+        sizes = [len(names) for names in run.opened]
+        assert sizes[1] < sizes[0] < sizes[2] < sizes[3]
+        check(run)

@@ -102,7 +102,7 @@ def test_every_step_is_the_mean_over_its_images(micro: int) -> None:
 class MixedFeed(FeatureFeed):
     """The pictures of a plain feed, mixed as pictures from a folder are."""
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Micro]:
+    def epoch(self, epoch: int, first_step: int = 0, run_step: int = 0) -> Iterator[Micro]:
         for micro in super().epoch(epoch, first_step):
             drawn = MIXING.draw(epoch, micro.rows.numpy(), micro.weights.numpy() > 0, SIZE)
             inputs, others = mixed(micro.inputs, drawn), micro.labels[drawn.partners]
@@ -148,7 +148,7 @@ def test_images_that_are_all_their_own_train_as_unmixed_ones() -> None:
         return cross_entropy()(logits, labels)
 
     class Own(FeatureFeed):
-        def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Micro]:
+        def epoch(self, epoch: int, first_step: int = 0, run_step: int = 0) -> Iterator[Micro]:
             for micro in super().epoch(epoch, first_step):
                 yield micro._replace(others=micro.labels.flip(0), shares=torch.ones(len(micro.labels)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +15,7 @@ from tuning.data.broken import Broken, Unreadable, why_gone
 from tuning.data.erasing import Erasing, erased
 from tuning.data.images import UnreadableImage, decode
 from tuning.data.mixing import Mix, Mixing, mixed
-from tuning.data.sampling import EvalOrder, Item, TrainOrder
+from tuning.data.sampling import EvalOrder, Item, TrainOrder, drawn_size
 from tuning.data.sources import image_name
 from tuning.data.transforms import Crop, Normalise, crop_seed, random_flips
 from tuning.data.workers import WorkerLoader
@@ -190,9 +190,16 @@ class _Feed:
         """
         return self._batches.shrink()
 
+    def image_size(self, step: int) -> int | None:
+        """Side of the pictures in optimizer step *step* of the run, where steps draw it; else None."""
+        return None
+
 
 class TrainFeed(_Feed):
     """Training batches of this process, decoded by workers; on the device flipped, normalised, mixed and erased.
+
+    Where there are *sizes*, every optimizer step draws one of them, and the device resizes what workers have cut at the
+    size of *crop*, the largest.
 
     Attributes:
         unreadable: the pictures that were replaced on this process.
@@ -212,42 +219,58 @@ class TrainFeed(_Feed):
         unreadable: Unreadable | None = None,
         mixing: Mixing | None = None,
         erasing: Erasing | None = None,
+        sizes: Sequence[int] = (),
     ) -> None:
+        assert not sizes or crop.size == max(sizes)
         self.unreadable = unreadable or Unreadable()
         self._erasing = erasing
         self._normalise, self._flip, self._device, self._mixing = normalise, flip, device, mixing
+        self._crop, self._sizes = crop, tuple(sorted(sizes))
         self._batches = _EpochBatches(order, rows)
         pictures = Pictures(rows, crop, augment, order.seed, replace_unreadable=True, folder=self.unreadable.folder)
         self._pictures = pictures
         self._loader = WorkerLoader(pictures, self._batches, workers, keep=True, pin=device.type == "cuda")
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Micro]:
-        """The micro-batches of an epoch from optimizer step *first_step* on."""
+    def image_size(self, step: int) -> int | None:
+        """Side of the pictures in optimizer step *step* of the run, where steps draw it; else None."""
+        return drawn_size(self._sizes, self.order.seed, step) if self._sizes else None
+
+    def epoch(self, epoch: int, first_step: int = 0, run_step: int = 0) -> Iterator[Micro]:
+        """The micro-batches of an epoch from optimizer step *first_step* on, which is *run_step* of the run."""
         self._batches.epoch, self._batches.first_step = epoch, first_step
-        for batch in self._loader:
+        for batch, step in zip(self._loader, self._steps(first_step, run_step), strict=True):
             _note(batch, self.unreadable)
             if len(batch.unreadable) >= REPLACEMENT_TRIES * len(batch.labels):
                 raise UserError(
                     f"none of {len(batch.unreadable)} training pictures in a row could be read; the last: "
                     f"{batch.unreadable[-1]}. Check --data."
                 )
-            yield self._to_device(batch)
+            yield self._to_device(batch, self.image_size(step))
 
-    def sample(self, epoch: int, step: int, count: int) -> Micro:
+    def sample(self, epoch: int, step: int, count: int, run_step: int = 0) -> Micro:
         """The first *count* images, or fewer, of an optimizer step's first micro-batch, made in this process.
 
         Nothing of the feed moves, and nothing is noted.
         """
         items = next(self.order.micro_batches(epoch, step))
-        micro = self._to_device(self._pictures.__getitems__(items[: count + 1]))  # the next is the last one's partner
+        batch = self._pictures.__getitems__(items[: count + 1])  # the next is the last one's partner
+        micro = self._to_device(batch, self.image_size(run_step))
         return Micro(*(None if part is None else part[:count] for part in micro))  # type: ignore[arg-type]
 
     def shown(self, inputs: Tensor) -> Tensor:
         """Inputs of the model as pictures in [0, 1], float32: without the normalisation."""
         return self._normalise.undone(inputs)
 
-    def _to_device(self, batch: Batch) -> Micro:
+    def _steps(self, first_step: int, run_step: int) -> Iterator[int]:
+        """The step of the run that every micro-batch belongs to."""
+        order = self.order
+        for step in range(first_step, order.steps_per_epoch):
+            yield from [run_step + step - first_step] * order.batch.micro_steps(order.images_in(step))
+
+    def _to_device(self, batch: Batch, size: int | None) -> Micro:
         images = batch.images.to(self._device, non_blocking=True)
+        if size is not None:
+            images = self._crop.resized(images, size)
         images = random_flips(images, self._flip, self.order.seed, batch.epoch, batch.draws)
         micro = _micro(self._normalise(images), batch, self._device)
         if self._mixing is not None:
@@ -316,7 +339,7 @@ class FeatureFeed(_Feed):
         self._batches = _EpochBatches(order)
         self._features, self._labels = features, labels
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Micro]:
+    def epoch(self, epoch: int, first_step: int = 0, run_step: int = 0) -> Iterator[Micro]:
         """The micro-batches of an epoch from optimizer step *first_step* on."""
         for items in self.order.micro_batches(epoch, first_step):
             index = torch.tensor([item.row for item in items])

@@ -5,7 +5,7 @@ Nothing here holds state, so a run can go on from any optimizer step and no gene
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from tuning.sizes import BatchPlan
 
 Rows = npt.NDArray[np.int64]
+SIZE = 900  # stream of `uniform`; those below 100 belong to pictures, those from 1,000 on to forward passes
 
 
 class Item(NamedTuple):
@@ -77,6 +78,11 @@ def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 def step_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
     """Seed of torch's generators for one forward pass (dropout, drop-path), in [0, 2^53)."""
     return int(uniform(seed, step, np.array([rank]), stream=1_000 + micro_step)[0] * 2**53)
+
+
+def drawn_size(sizes: Sequence[int], seed: int, step: int) -> int:
+    """One of *sizes* for optimizer step *step* of the run (0 the first), all with equal probability."""
+    return sizes[int(uniform(seed, step, np.array([0]), SIZE)[0] * len(sizes))]
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,12 @@ class Crop:
             cut = crop(planes)
             return cut if self.operations is None else self.operations(cut)
 
+    def resized(self, images: Tensor, size: int) -> Tensor:
+        """A batch of such squares at *size* pixels, uint8, on its device."""
+        if images.shape[-1] == size:
+            return images
+        return F.resize(images, [size, size], self._mode, antialias=True)  # type: ignore[no-any-return]
+
     @property
     def _mode(self) -> v2.InterpolationMode:
         return INTERPOLATIONS.get(self.interpolation, v2.InterpolationMode.BICUBIC)

@@ -17,3 +17,6 @@ class BatchFlags:
     workers: int | Literal["auto"] = "auto"
     """Loader processes per training process; 0 = none. auto = CPU cores per training process less one, 1 to 8; none
     when training itself runs on two CPU cores or fewer."""
+    batch_scaling: Literal["none", "area"] = "none"
+    """area = a stage of smaller pictures than the last one takes a batch larger by the ratio of the areas, rounded to a
+    whole multiple of --batch-size; --lr-scaling then applies to it."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from tuning.flags.names import InitName
+from tuning.coerce import NO_NUMBERS
+from tuning.flags.names import InitName, Sizes
 
 
 @dataclass(frozen=True)
@@ -28,3 +29,9 @@ class ModelFlags:
     """Side of the square input in pixels. Default: the size the weights were trained at."""
     crop_pct: Optional[float] = None
     """Share of the picture's shorter side that the evaluation crop keeps, in (0, 1]. Default: the model's own."""
+    train_sizes: Sizes = NO_NUMBERS
+    """Sides of the training input in pixels, of which every optimizer step draws one, for example 96 128 160.
+    Evaluation stays at the last stage's --image-size."""
+    multi_scale: float = 0.0
+    """The same in short: every multiple of the model's stride within this fraction of --image-size, for example 0.25;
+    0 = off. Excludes --train-sizes."""

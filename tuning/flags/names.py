@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from tuning.coerce import WholeNumbers
+
 ScheduleName = Literal["sgdr", "cosine", "one-cycle", "step", "triangular", "constant", "plateau"]
 InitName = Literal["default", "kaiming", "xavier", "orthogonal", "zero"]
 LossName = Literal["cross-entropy", "bce", "focal"]
@@ -13,6 +15,7 @@ SamplingName = Literal["shuffle", "sqrt", "balanced"]
 
 if TYPE_CHECKING:
     Texts = tuple[str, ...]
+    Sizes = WholeNumbers
 else:
     Texts = Annotated[
         tuple,
@@ -24,5 +27,15 @@ else:
             str_from_instance=list,
         ),
     ]
-"""Any number of texts. Spelt for the parser: for ``tuple[str, ...]`` and ``X | None`` (not `Optional`) it imports
-typeguard, which makes every command slower."""
+    Sizes = Annotated[
+        WholeNumbers,
+        PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="[INT [INT ...]]",
+            instance_from_str=lambda words: WholeNumbers(map(int, words)),
+            is_instance=lambda value: isinstance(value, WholeNumbers),
+            str_from_instance=lambda sizes: list(map(str, sizes)),
+        ),
+    ]
+"""Any number of texts, or of whole numbers. Spelt for the parser: for ``tuple[str, ...]`` and ``X | None`` (not
+`Optional`) it imports typeguard, which makes every command slower."""

@@ -17,8 +17,6 @@ class StageFlags:
     and augmentation is off in them."""
     epochs: int = 10
     """Epochs after --freeze-epochs. 0 = head only."""
-    unfreeze: Literal["all", "gradual"] = "all"
-    """Open everything at once, or from the top in four equal parts."""
     batch_norm: Literal["auto", "frozen", "train", "sync"] = "auto"
     """Statistics of BatchNorm in open layers: frozen keeps those of the weights, train follows the batches of each
     process, sync those of all. auto = frozen with pretrained weights, train without. Closed layers are always
@@ -26,3 +24,6 @@ class StageFlags:
     batch_norm_images: Optional[int] = None
     """Take them anew from this many training images for every evaluation and model/; training goes on with its own.
     Default: none, but 2048 for averages of --swa-epochs and --snapshots."""
+    unfreeze: Literal["all", "gradual", "norms", "norms-biases"] = "all"
+    """Open everything at once, or from the top in four equal parts; or, beside the head, normalisation layers alone, or
+    these and all biases (Ben Zaken et al. 2022)."""

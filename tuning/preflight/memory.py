@@ -56,7 +56,7 @@ def fitting_micro_batch(
     """
 
     def step(images: int) -> None:
-        _one_step(accelerator, entered, planned.image_size, classes, loss, clip, images)
+        _one_step(accelerator, entered, planned.largest_size, classes, loss, clip, images)
 
     if accelerator.device.type == "cuda" and accelerator.num_processes == 1:
         return _measured(accelerator.device, step, planned.batch.micro_batch)

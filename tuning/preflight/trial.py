@@ -74,12 +74,13 @@ def trial_plan(planned: StagePlan, train_images: int, on_cpu: bool) -> StagePlan
     stage = planned.stage
     if stage.cache_features:
         stage = replace(stage, cache_features=False, mixup=0.0, cutmix=0.0, random_erasing=0.0)
+        stage = replace(stage, train_sizes=(), multi_scale=0.0)
     return replace(planned, stage=stage, batch=BatchPlan(micro * world, micro, world))
 
 
 def heaviest(plan: Sequence[StagePlan]) -> StagePlan:
     """The stage whose step takes most memory: the largest images, then the most open parameters."""
-    return max(plan, key=lambda p: (not p.stage.cache_features, p.image_size, p.open_parameters))
+    return max(plan, key=lambda p: (not p.stage.cache_features, p.largest_size, p.open_parameters))
 
 
 def try_stage(
