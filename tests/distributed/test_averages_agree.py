@@ -37,6 +37,7 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
     return [record for record in records if "eval/loss" in record]
 
 
+@pytest.mark.slow
 def test_averages_of_two_processes_are_those_of_one(photos: Path, tmp_path: Path) -> None:
     flags = ("--data", str(photos), "--model", "test_vit", *COMMON, "--swa-lr", "0.5")
     finetune(1, *flags, "--output", str(tmp_path / "one"))
@@ -56,6 +57,7 @@ def test_averages_of_two_processes_are_those_of_one(photos: Path, tmp_path: Path
     assert ["eval_swa/loss" in one for one in evaluations(tmp_path / "two")] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_statistics_of_averages_are_of_all_processes_and_looking_changes_nothing(photos: Path, tmp_path: Path) -> None:
     """The saved EMA has the mean of both; with others for evaluation, training is the same bit for bit."""
     flags = ("--data", str(photos), "--model", "test_efficientnet", "--batch-norm", "train", *COMMON)
