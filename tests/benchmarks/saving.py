@@ -76,7 +76,7 @@ class Resident(FeatureFeed):
         picture = torch.randn(images, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
         self._features, self._labels = picture, torch.arange(images, device=device) % 2
 
-    def epoch(self, epoch: int, first_step: int = 0):  # type: ignore[no-untyped-def]
+    def epoch(self, epoch: int, first_step: int = 0, run_step: int = 0):  # type: ignore[no-untyped-def]
         """The same batch for every step."""
         from tuning.data.loader import Micro
 

@@ -24,7 +24,7 @@ PER_EPOCH = 5
 
 
 def planned(**changes: object) -> StagePlan:
-    return StagePlan(plain_stage(**changes), BatchPlan(4, 4, 1), 32, PER_EPOCH, 1.0, ())
+    return StagePlan(plain_stage(**changes), BatchPlan(4, 4, 1), 32, (32,), 32, PER_EPOCH, 1.0, ())
 
 
 def network() -> nn.Module:

@@ -314,6 +314,7 @@ WITHOUT_EFFECT = {
     "lr_floor": "0.1",
     "lr_batch": "128",
     "focal_gamma": "3.0",
+    "color": "keep",
 }
 
 
@@ -321,7 +322,7 @@ WITHOUT_EFFECT = {
 def test_a_flag_that_needs_another_is_refused_without_it(key: str) -> None:
     switch, allowed = NEEDS[key]
     flag, other = f"--{key.replace('_', '-')}", f"--{switch.replace('_', '-')}"
-    without = {"schedule": "constant", "lr_scaling": "none", "loss": "cross-entropy"}[switch]
+    without = {"schedule": "constant", "lr_scaling": "none", "loss": "cross-entropy", "augment": "light"}[switch]
     with pytest.raises(UserError) as caught:
         parse("--data", "photos", other, without, flag, WITHOUT_EFFECT[key])
     assert str(caught.value) == (

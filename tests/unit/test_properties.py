@@ -198,7 +198,8 @@ JSON = st.recursive(
 
 def progresses() -> st.SearchStrategy[Progress]:
     whole, best = KINDS["whole"], st.one_of(st.none(), KINDS["float"])
-    own = {"due": st.booleans(), "best": best, "lr": best, "seconds": KINDS["float"]}
+    own = dict.fromkeys(("due", "stage_over"), st.booleans()) | dict.fromkeys(("best", "stage_best", "lr"), best)
+    own |= dict.fromkeys(("seconds", "lr_factor"), KINDS["float"])
     own |= dict.fromkeys(("best_step", "searched", "micro_batch"), st.one_of(st.none(), whole))
     own["tracker_id"] = st.one_of(st.none(), KINDS["text"])
     return st.builds(Progress, **{f.name: own.get(f.name, whole) for f in dataclasses.fields(Progress)})

@@ -126,7 +126,9 @@ def test_open_is_read(written: str, expected: str | int | float) -> None:
 )
 def test_open_is_refused(written: str) -> None:
     (stage,) = read(f"- {{open: {written}}}")
-    with pytest.raises(UserError, match=r"open is .*give head, all, a number of layers from 1, or a fraction"):
+    with pytest.raises(
+        UserError, match=r"open is .*give head, all, norms, norms-biases, a number of layers from 1, or a"
+    ):
         check_stage(stage)
 
 
