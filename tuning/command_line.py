@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tuning import interrupts, launcher
-from tuning.checks import check_flags, flat, refuse_sampling, refuse_without_effect
+from tuning.checks import check_flags, flat
 from tuning.coerce import coerce, field_types, named_file, read_yaml, shown
 from tuning.echoes import RESUME, ProcessLost
+from tuning.effects import refuse_sampling, refuse_without_effect
 from tuning.ending import explained, rank, recorded, report, say, say_stopped
 from tuning.errors import UserError, did_you_mean
 from tuning.flags import Flags
 from tuning.optimizer_defaults import changes, defaults_of, resolved, resolved_stages
 from tuning.run_defaults import OPENING, data_of_run
 from tuning.sizes import scaled_lr
-from tuning.stages import Stage, check_stage, read_stages, standard_stages
+from tuning.stage_checks import check_stage
+from tuning.stage_lists import read_stages, standard_stages
+from tuning.stages import Stage
 
 # Where a run goes and whether it runs is not part of what it is: config.yaml leaves these out.
 NOT_IN_CONFIG = (

@@ -19,7 +19,7 @@ from tuning.lr_race import FEWEST_STEPS, PART, WHOLE, Candidate, affordable, win
 from tuning.lr_ranges import SWEPT, clamped, kind_of
 from tuning.lr_trials import Search, Sweep, Trials, judged_untrained, race, sweep, uncounted
 from tuning.plan import StagePlan
-from tuning.stages import stage_number
+from tuning.stage_lists import stage_number
 
 Write = Callable[[Mapping[str, float], int], None]
 

@@ -26,7 +26,8 @@ from tuning.models import ModelInfo, check_image_size
 from tuning.plan import StagePlan, make_plan
 from tuning.replay import Replay
 from tuning.sizes import LARGEST_AUTO_MICRO_BATCH
-from tuning.stages import Stage, stage_number
+from tuning.stage_lists import stage_number
+from tuning.stages import Stage
 from tuning.suspects import Picture, Suspect
 
 SMALL_BATCH = 16  # pictures

@@ -245,7 +245,7 @@ def test_a_learning_rate_that_is_too_large(photos: Path, tmp_path: Path, optimiz
 
 def in_labels(change: Callable[[int], int]) -> Plant:
     def plant() -> None:
-        from tuning.data.loader import Pictures
+        from tuning.data.pictures import Pictures
 
         read = Pictures._read
 

@@ -31,7 +31,7 @@ from tuning.errors import UserError
 from tuning.flags import Flags, RegularisationFlags
 from tuning.progress import Progress
 from tuning.sizes import BatchPlan
-from tuning.stages import check_stage
+from tuning.stage_checks import check_stage
 
 GREY, SIZE, IMAGES = (124, 116, 104), 32, 21
 CPU = torch.device("cpu")

@@ -33,7 +33,7 @@ from tuning.errors import UserError
 from tuning.flags import DataFlags, Flags, RegularisationFlags, SamplingName
 from tuning.imbalance import class_sentence, sampling_sentences
 from tuning.sizes import BatchPlan
-from tuning.stages import read_stages
+from tuning.stage_lists import read_stages
 
 COUNTS = st.lists(st.integers(1, 60), min_size=1, max_size=12).map(np.array)
 NAMES = st.sampled_from(["sqrt", "balanced"])

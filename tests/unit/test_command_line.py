@@ -18,14 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tuning import command_line, interrupts, launcher
-from tuning.checks import NEEDS, ONLY_WITHOUT_STAGES, check_flags, flat
+from tuning.checks import check_flags, flat
 from tuning.coerce import field_types
 from tuning.command_line import NOT_IN_CONFIG, Command, dump, parse_command, resolve_stages, run_recipe
 from tuning.echoes import ProcessLost
+from tuning.effects import NEEDS, ONLY_WITHOUT_STAGES
 from tuning.errors import UserError
 from tuning.flags import Flags
 from tuning.optimizer_defaults import resolved
-from tuning.stages import NOT_KEYS, Stage
+from tuning.stage_lists import NOT_KEYS
+from tuning.stages import Stage
 
 PRESETS = Path(__file__).parents[2] / "recipes" / "presets"
 ALL_FLAGS = flat(Flags())

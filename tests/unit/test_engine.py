@@ -31,7 +31,8 @@ from tuning.numerical_faults import NumericalFaults
 from tuning.plan import make_plan
 from tuning.progress import Progress
 from tuning.sizes import plan_batch
-from tuning.stages import Stage, standard_stages
+from tuning.stage_lists import standard_stages
+from tuning.stages import Stage
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

@@ -25,7 +25,9 @@ from tuning.image_sizes import batch_at, run_sizes, sizes_of, stride
 from tuning.models import build, save_timm_folder
 from tuning.plan import StagePlan, check_sizes, make_plan
 from tuning.sizes import BatchPlan
-from tuning.stages import Stage, check_stage, read_stages
+from tuning.stage_checks import check_stage
+from tuning.stage_lists import read_stages
+from tuning.stages import Stage
 
 IMAGES, SIZES = 23, (16, 24, 32)
 PRESETS = Path(__file__).parents[2] / "recipes" / "presets"

@@ -36,6 +36,7 @@ LAYER_0 += (
     "patience",
     "manifest",
 )
+LAYER_0 += ("stage_checks", "stage_lists", "effects")
 LAYER_0 += ("run_defaults", "outputs", "exporting.preprocessing", "plain_command")
 LAYER_0 += tuple(f"flags.{p.stem}" for p in (ROOT / "tuning/flags").glob("*.py") if p.stem != "__init__")
 LAYER_0 += ("imbalance", "kept_predictions", "analysis.mistakes", "comparison.paired", "comparison.runs")

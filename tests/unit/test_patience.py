@@ -18,7 +18,8 @@ from tuning.command_line import Command, parse_command
 from tuning.errors import UserError
 from tuning.patience import count, curves_of, next_stage
 from tuning.progress import Progress
-from tuning.stages import Stage, check_stage
+from tuning.stage_checks import check_stage
+from tuning.stages import Stage
 
 PER_EPOCH = 3
 

@@ -22,7 +22,9 @@ from tuning.flags import Flags
 from tuning.manifest import FORMAT, MANIFEST, OPTIMIZER, WEIGHTS, digest, read, sealed
 from tuning.progress import Progress
 from tuning.sizes import BatchPlan, plan_batch
-from tuning.stages import Stage, check_stage, standard_stages
+from tuning.stage_checks import check_stage
+from tuning.stage_lists import standard_stages
+from tuning.stages import Stage
 
 BASE = resolve_stages(Flags())[-1]
 WORLDS = st.integers(1, 8)

@@ -15,7 +15,9 @@ from tuning import schedules
 from tuning.command_line import parse_command, resolve_stages
 from tuning.errors import UserError
 from tuning.flags import Flags, RegularisationFlags, StageFlags
-from tuning.stages import Stage, check_stage, read_stages, standard_stages
+from tuning.stage_checks import check_stage
+from tuning.stage_lists import read_stages, standard_stages
+from tuning.stages import Stage
 
 BASE = resolve_stages(Flags())[-1]
 PER_EPOCH = 7

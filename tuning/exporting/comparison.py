@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from tuning.data.loader import Pictures
+from tuning.data.pictures import Pictures
 from tuning.data.sampling import Item
 from tuning.data.transforms import Crop, Normalise
 from tuning.errors import UserError

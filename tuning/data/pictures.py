@@ -1,0 +1,104 @@
+"""Encoded pictures to micro-batches of uint8, in whichever process reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tuning.data.broken import Broken, why_gone
+from tuning.data.images import UnreadableImage, decode
+from tuning.data.sampling import Item
+from tuning.data.sources import image_name
+from tuning.data.transforms import Crop, crop_seed
+from tuning.flags import AugmentName
+
+REPLACEMENT_TRIES = 20
+
+
+@dataclass
+class Batch:
+    """One micro-batch as a worker hands it over: ``images`` ``(B, 3, S, S)`` uint8, channels-last.
+
+    `index` holds the rows; `draws` what seeds the draws of each picture (`Item.draw`). `gone` says why
+    nothing in the data folder could be read.
+    """
+
+    images: Tensor
+    labels: Tensor
+    weights: Tensor
+    index: Tensor
+    draws: Tensor
+    epoch: int
+    unreadable: list[Broken] = field(default_factory=list)
+    gone: str | None = None
+
+    def pin_memory(self) -> Batch:
+        """Called by torch's loader so that copies to a GPU don't wait."""
+        tensors = (self.images, self.labels, self.weights, self.index)
+        images, labels, weights, index = (tensor.pin_memory() for tensor in tensors)
+        return Batch(images, labels, weights, index, self.draws, self.epoch, self.unreadable, self.gone)
+
+
+@dataclass(frozen=True)
+class Pictures(Dataset[Batch]):
+    """Decodes and crops whole micro-batches; stateless, so any worker may make any of them.
+
+    Attributes:
+        rows: dataset with the columns ``image`` (encoded) and ``label``.
+        augment: ``none`` = the evaluation crop, else the strength of `Crop.random`.
+        replace_unreadable: training takes the next readable picture instead; evaluation sets the weight to 0.
+        folder: that all pictures lie in; None where they are no files of their own.
+    """
+
+    rows: Any
+    crop: Crop
+    augment: AugmentName
+    seed: int
+    replace_unreadable: bool
+    folder: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, items: list[Item]) -> Batch:
+        size = self.crop.size
+        images = torch.zeros((len(items), size, size, 3), dtype=torch.uint8)
+        labels = torch.zeros(len(items), dtype=torch.int64)
+        weights = torch.tensor([item.weight for item in items], dtype=torch.float32)
+        unreadable: list[Broken] = []
+        for place, item in enumerate(items):
+            picture, label = self._read(item, unreadable)
+            labels[place] = label
+            if picture is None:
+                weights[place] = 0.0
+            else:
+                images[place] = picture.permute(1, 2, 0)
+        index = torch.tensor([item.row for item in items])
+        draws = torch.tensor([item.draw for item in items])
+        gone = why_gone(self.folder) if unreadable and self.folder else None
+        return Batch(images.permute(0, 3, 1, 2), labels, weights, index, draws, items[0].epoch, unreadable, gone)
+
+    def _read(self, item: Item, unreadable: list[Broken]) -> tuple[Tensor | None, int]:
+        for offset in range(REPLACEMENT_TRIES if self.replace_unreadable else 1):
+            number = (item.row + offset) % len(self.rows)
+            row = item.content if item.content and not offset else self.rows[number]
+            try:
+                return self._cut(decode(_source(row), min_side=self.crop.size), item), int(row["label"])
+            except UnreadableImage as error:
+                unreadable.append(Broken(number, image_name(row, number), error.reason))
+        return None, int(row["label"])
+
+    def _cut(self, picture: Tensor, item: Item) -> Tensor:
+        if self.augment == "none":
+            return self.crop.center(picture)
+        return self.crop.random(picture, self.augment, crop_seed(self.seed, item.epoch, item.draw))
+
+
+def _source(row: Mapping[str, Any]) -> bytes | str:
+    image = row["image"]
+    return image["bytes"] if image["bytes"] is not None else image["path"]  # type: ignore[no-any-return]
