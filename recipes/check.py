@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from tuning.command_line import Command, run_recipe
+from tuning.cli.command_line import Command, run_recipe
 
 
 def check(command: Command) -> None:
@@ -23,13 +23,12 @@ def check(command: Command) -> None:
     # The flags are known to be right by now; only here torch is imported.
     import torch
 
-    from tuning import run_folder, session
-    from tuning.console import Speaker, shown_path
+    from tuning import session
     from tuning.entering import enter_stage
     from tuning.errors import UserError
     from tuning.feeds import stage_feeds
-    from tuning.lr_auto import searching_stages
-    from tuning.lr_finder import search_for
+    from tuning.lr_search.auto import searching_stages
+    from tuning.lr_search.finder import search_for
     from tuning.preflight import report, suspects, verdict
     from tuning.preflight.findings import Finding, count, in_order
     from tuning.preflight.memory import fitting_micro_batch
@@ -45,7 +44,9 @@ def check(command: Command) -> None:
         uniform_loss,
     )
     from tuning.preparing import data_and_model, objective, plan_stages
-    from tuning.unreadable import UnreadablePictures
+    from tuning.safety.unreadable import UnreadablePictures
+    from tuning.tracking import run_folder
+    from tuning.tracking.console import Speaker, shown_path
 
     flags, run, asked, started = command.flags, command.flags.run, command.flags.check, time.time()
 

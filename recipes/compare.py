@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from tuning.plain_command import run_plain
+from tuning.cli.plain_command import run_plain
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ def compare(asked: Asked) -> None:
     # The command line is known to be right by now; only here numpy and the rest are imported.
     from rich.console import Console
 
+    from tuning.cli.outputs import refuse_used_folder
     from tuning.comparison.report import LOG_WIDTH, PICTURE, group_table, match_table, notes, run_table, write
     from tuning.comparison.runs import groups, matches, read_runs
-    from tuning.outputs import refuse_used_folder
 
     folder = Path(asked.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-comparison")
     refuse_used_folder(folder)

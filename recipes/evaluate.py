@@ -13,28 +13,29 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from tuning.command_line import Command, run_recipe
+from tuning.cli.command_line import Command, run_recipe
 
 
 def evaluate(command: Command) -> None:
     """Judge a run, one of its checkpoints or any timm model on its own or on other data, every image once."""
     # The flags are known to be right by now; only here torch is imported.
-    from tuning import run_folder, session
+    from tuning import session
     from tuning.analysis.drawing import draw_all
     from tuning.analysis.overview import look_at, named_pairs
-    from tuning.calibration import calibrated, place_for, store
-    from tuning.console import Speaker, shown_path
+    from tuning.cli.outputs import refuse_used_folder
     from tuning.data.tables import names_of
-    from tuning.ensembles import MEAN, averaged_weights, refuse_other_classes, side_by_side
-    from tuning.final_metrics import probabilities
-    from tuning.finished import open_finished, open_named
-    from tuning.judged_data import changed_since, labels_for, open_judged
-    from tuning.judgement import class_table, details, judge, metrics_table, write
-    from tuning.outputs import refuse_used_folder
-    from tuning.predicting import Predictions, judging_batch, predict_all
-    from tuning.summary import versions
-    from tuning.unreadable import shown
-    from tuning.views import averaged
+    from tuning.judging.calibration import calibrated, place_for, store
+    from tuning.judging.ensembles import MEAN, averaged_weights, refuse_other_classes, side_by_side
+    from tuning.judging.final_metrics import probabilities
+    from tuning.judging.finished import open_finished, open_named
+    from tuning.judging.judged_data import changed_since, labels_for, open_judged
+    from tuning.judging.judgement import class_table, details, judge, metrics_table, write
+    from tuning.judging.predicting import Predictions, judging_batch, predict_all
+    from tuning.judging.views import averaged
+    from tuning.safety.unreadable import shown
+    from tuning.tracking import run_folder
+    from tuning.tracking.console import Speaker, shown_path
+    from tuning.tracking.summary import versions
 
     flags, run, asked, started = command.flags, command.flags.run, command.flags.evaluate, time.time()
     name, size, crop = flags.opened.run, flags.model.image_size, flags.model.crop_pct

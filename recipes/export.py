@@ -13,7 +13,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from tuning.command_line import Command, run_recipe
+from tuning.cli.command_line import Command, run_recipe
 
 
 def export(command: Command) -> None:
@@ -27,16 +27,17 @@ def export(command: Command) -> None:
 
     import torch
 
-    from tuning import model_card, track
-    from tuning.card_metrics import judged_metrics
-    from tuning.console import Speaker
+    from tuning.cli.outputs import refuse_used_folder
     from tuning.errors import UserError
     from tuning.exporting import bundle, comparison, formats, latency, publishing, report
-    from tuning.finished import open_finished
-    from tuning.hardware import hardware
-    from tuning.judged_data import labels_for, open_judged
-    from tuning.outputs import refuse_used_folder
+    from tuning.judging.finished import open_finished
+    from tuning.judging.judged_data import labels_for, open_judged
+    from tuning.models import model_card
+    from tuning.models.card_metrics import judged_metrics
     from tuning.session import cpu_cores, keep_freed_memory
+    from tuning.tracking import track
+    from tuning.tracking.console import Speaker
+    from tuning.tracking.hardware import hardware
 
     flags, run, asked, kind = command.flags, command.flags.run, command.flags.export, command.flags.export.format
     if int(os.environ.get("RANK", "0")):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from tuning.command_line import Command, run_recipe
+from tuning.cli.command_line import Command, run_recipe
 
 
 def find_lr(command: Command) -> None:
@@ -19,24 +19,25 @@ def find_lr(command: Command) -> None:
     from collections.abc import Iterable, Iterator, Mapping
     from functools import partial
 
-    from tuning import resuming, session
-    from tuning.console import Speaker
+    from tuning import session
     from tuning.engine import Step
     from tuning.entering import enter_stage
     from tuning.errors import UserError
     from tuning.feeds import plain_feed, some_evaluation, stage_feeds
-    from tuning.head_fit import fit_head
-    from tuning.lr_finder import chosen_stage, find, search_for
-    from tuning.lr_report import draw, facts, race_table, table
-    from tuning.lr_trials import Trials, judge_trial
-    from tuning.numerical_faults import NumericalFaults
+    from tuning.lr_search.finder import chosen_stage, find, search_for
+    from tuning.lr_search.report import draw, facts, race_table, table
+    from tuning.lr_search.trials import Trials, judge_trial
+    from tuning.models.head_fit import fit_head
     from tuning.preparing import data_and_model, objective, plan_stages
     from tuning.progress import Progress
-    from tuning.run_folder import git_commit
+    from tuning.safety import resuming
+    from tuning.safety.numerical_faults import NumericalFaults
+    from tuning.safety.unreadable import UnreadablePictures
     from tuning.sharding import shard
-    from tuning.summary import failure_noted, versions
-    from tuning.track import Curves, check_tracker, described, open_tracker
-    from tuning.unreadable import UnreadablePictures
+    from tuning.tracking.console import Speaker
+    from tuning.tracking.run_folder import git_commit
+    from tuning.tracking.summary import failure_noted, versions
+    from tuning.tracking.track import Curves, check_tracker, described, open_tracker
 
     flags, run, finder, started = command.flags, command.flags.run, command.flags.finder, time.time()
     if run.resume != "never":

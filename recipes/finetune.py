@@ -12,7 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from tuning.command_line import Command, run_recipe
+from tuning.cli.command_line import Command, run_recipe
 
 
 def finetune(command: Command) -> None:
@@ -20,40 +20,50 @@ def finetune(command: Command) -> None:
     # The flags are known to be right by now; only here torch is imported.
     from functools import partial
 
-    from tuning import checkpoint, interrupts, plots, resuming, session
-    from tuning.agreement import refuse_drift
+    from tuning import session
     from tuning.analysis.charts import charts
     from tuning.analysis.finishing import write_report
     from tuning.analysis.last_look import look_back
-    from tuning.augmentation import draw_batch
-    from tuning.averages import Averages
-    from tuning.console import Speaker
-    from tuning.echoes import first_error
+    from tuning.averaging.averages import Averages
+    from tuning.averaging.norm_statistics import NormStatistics
+    from tuning.averaging.snapshots import Snapshots, tell
     from tuning.engine import train_steps
     from tuning.entering import enter_stage
-    from tuning.evaluation import evaluate, judges
     from tuning.feeds import StageFeeds, plain_feed, some_evaluation, stage_feeds
-    from tuning.hardware import hardware
-    from tuning.head_fit import fit_head
-    from tuning.heartbeat import beat
-    from tuning.lr_auto import as_found, must_search
-    from tuning.lr_finder import find, search_for
-    from tuning.lr_report import draw
-    from tuning.lr_trials import Trials, judge_trial
-    from tuning.model_card import card_of_run
-    from tuning.models import keep_best
-    from tuning.norm_statistics import NormStatistics
-    from tuning.numerical_faults import NumericalFaults
+    from tuning.judging.evaluation import evaluate, judges
+    from tuning.lr_search.auto import as_found, must_search
+    from tuning.lr_search.finder import find, search_for
+    from tuning.lr_search.report import draw
+    from tuning.lr_search.trials import Trials, judge_trial
+    from tuning.models.build import keep_best
+    from tuning.models.head_fit import fit_head
+    from tuning.models.model_card import card_of_run
     from tuning.patience import count, curves_of, next_stage
     from tuning.plan import StagePlan, last_step
     from tuning.preparing import data_and_model, objective, plan_stages
-    from tuning.saving import Saver, tensors_of
+    from tuning.safety import checkpoint, interrupts, resuming
+    from tuning.safety.agreement import refuse_drift
+    from tuning.safety.echoes import first_error
+    from tuning.safety.heartbeat import beat
+    from tuning.safety.numerical_faults import NumericalFaults
+    from tuning.safety.saving import Saver, tensors_of
+    from tuning.safety.stopping import Boundary, end_run
+    from tuning.safety.unreadable import UnreadablePictures
     from tuning.sharding import shard
-    from tuning.snapshots import Snapshots, tell
-    from tuning.stopping import Boundary, end_run
-    from tuning.summary import add_judged, best_value, better, contenders, failure_noted, make_summary, nothing_left
-    from tuning.track import Curves, check_tracker, described, open_tracker, tracker_id
-    from tuning.unreadable import UnreadablePictures
+    from tuning.tracking import plots
+    from tuning.tracking.augmentation import draw_batch
+    from tuning.tracking.console import Speaker
+    from tuning.tracking.hardware import hardware
+    from tuning.tracking.summary import (
+        add_judged,
+        best_value,
+        better,
+        contenders,
+        failure_noted,
+        make_summary,
+        nothing_left,
+    )
+    from tuning.tracking.track import Curves, check_tracker, described, open_tracker, tracker_id
 
     flags, run, started = command.flags, command.flags.run, time.time()
 

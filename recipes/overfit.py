@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from tuning.command_line import Command, run_recipe
+from tuning.cli.command_line import Command, run_recipe
 
 
 def overfit(command: Command) -> None:
@@ -21,20 +21,16 @@ def overfit(command: Command) -> None:
     Takes the flags of recipes/finetune.py. Everything that makes a batch harder to learn is off, however its flags
     stand.
     """
-    from tuning import interrupts, run_folder, session, suspects
+    from tuning import session
     from tuning.clipping import clipping
-    from tuning.console import Speaker, shown_path
-    from tuning.echoes import first_error
     from tuning.engine import train_steps
     from tuning.entering import enter_stage
     from tuning.errors import UserError
     from tuning.feeds import plain_feed, stage_feeds
-    from tuning.gradients import GradientWatch
-    from tuning.heartbeat import beat
-    from tuning.interrupts import StopRequested
     from tuning.losses import cross_entropy
-    from tuning.numerical_faults import NumericalFaults
-    from tuning.overfitting import (
+    from tuning.overfit import suspects
+    from tuning.overfit.gradients import GradientWatch
+    from tuning.overfit.overfitting import (
         OFF,
         Learning,
         choose_stage,
@@ -48,11 +44,18 @@ def overfit(command: Command) -> None:
     )
     from tuning.preparing import data_and_model
     from tuning.progress import Progress
-    from tuning.replay import read_replay
-    from tuning.stopping import Boundary
-    from tuning.summary import failure_noted, versions
-    from tuning.track import Curves, check_tracker, described, open_tracker
-    from tuning.unreadable import UnreadablePictures
+    from tuning.safety import interrupts
+    from tuning.safety.echoes import first_error
+    from tuning.safety.heartbeat import beat
+    from tuning.safety.interrupts import StopRequested
+    from tuning.safety.numerical_faults import NumericalFaults
+    from tuning.safety.replay import read_replay
+    from tuning.safety.stopping import Boundary
+    from tuning.safety.unreadable import UnreadablePictures
+    from tuning.tracking import run_folder
+    from tuning.tracking.console import Speaker, shown_path
+    from tuning.tracking.summary import failure_noted, versions
+    from tuning.tracking.track import Curves, check_tracker, described, open_tracker
 
     flags, run, asked, started = command.flags, command.flags.run, command.flags.overfit, time.time()
     if run.resume != "never":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from tuning.command_line import Command, run_recipe
+from tuning.cli.command_line import Command, run_recipe
 
 
 def predict(command: Command) -> None:
@@ -20,17 +20,17 @@ def predict(command: Command) -> None:
     from contextlib import nullcontext
 
     from tuning import session
-    from tuning.console import Speaker
+    from tuning.cli.outputs import refuse_used_file
     from tuning.data.broken import Broken, Unreadable
     from tuning.data.tables import picture_dataset
     from tuning.feeds import judging_feed
-    from tuning.finished import open_finished, open_named
-    from tuning.outputs import refuse_used_file
-    from tuning.picture_files import picture_files
-    from tuning.predicting import judging_batch, stream
-    from tuning.prediction_files import KINDS, PredictionFile, columns
-    from tuning.top_classes import records, refuse_too_many, top_classes
-    from tuning.unreadable import shown
+    from tuning.judging.finished import open_finished, open_named
+    from tuning.judging.picture_files import picture_files
+    from tuning.judging.predicting import judging_batch, stream
+    from tuning.judging.prediction_files import KINDS, PredictionFile, columns
+    from tuning.judging.top_classes import records, refuse_too_many, top_classes
+    from tuning.safety.unreadable import shown
+    from tuning.tracking.console import Speaker
 
     flags, run, asked = command.flags, command.flags.run, command.flags.predict
     name, size, crop = flags.opened.run, flags.model.image_size, flags.model.crop_pct

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tuning.command_line import Command, run_recipe
+from tuning.cli.command_line import Command, run_recipe
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -26,11 +26,11 @@ RECIPES = Path(__file__).resolve().parent
 
 def sweep(command: Command) -> None:
     """Search for the best flags of recipes/finetune.py in a space of values. Takes all its flags; run it by python."""
-    from tuning import run_folder
     from tuning.searching.commands import Trials, check_edges, launcher_words, whose
     from tuning.searching.space_files import read_space
     from tuning.searching.spaces import typed_names
     from tuning.searching.starting import refuse_other_metric, refuse_to_start
+    from tuning.tracking import run_folder
 
     flags, run, asked, started = command.flags, command.flags.run, command.flags.sweep, time.time()
 
@@ -53,7 +53,7 @@ def sweep(command: Command) -> None:
     from tuning.searching.launching import Ended, Launched
     from tuning.searching.pictures import draw
     from tuning.searching.studies import Study
-    from tuning.summary import failure_noted, versions
+    from tuning.tracking.summary import failure_noted, versions
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(results.space_table(space))

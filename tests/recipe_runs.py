@@ -51,7 +51,8 @@ def run_forked(
 
 
 def _import_once() -> None:
-    for module in ("wandb", "tuning.console", "tuning.feeds", "tuning.plots", "tuning.track"):
+    ours = ("feeds", "tracking.console", "tracking.plots", "tracking.track")
+    for module in ("wandb", *(f"tuning.{name}" for name in ours)):
         importlib.import_module(module)
 
 
@@ -59,7 +60,7 @@ def finetune_here(*flags: str) -> int:
     """`recipes/finetune.py` with *flags* in this process; its exit status."""
     import finetune as recipe
 
-    from tuning.command_line import run_recipe
+    from tuning.cli.command_line import run_recipe
 
     sys.argv = ["finetune.py", *flags, "--threads", "1"]
     try:
@@ -89,7 +90,7 @@ def import_after() -> None:
 
 def recipe_here(folder: Path, name: str, *flags: str) -> Finished:
     """``recipes/<name>.py`` with *flags*, in *folder*, in this process, which is a fork and ends soon."""
-    from tuning.command_line import run_recipe
+    from tuning.cli.command_line import run_recipe
 
     os.chdir(folder)
     sys.argv = [f"{name}.py", *flags, "--threads", "1"]

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from tuning import session
-from tuning.command_line import parse_command
+from tuning.cli.command_line import parse_command
 from tuning.data.sources import open_data
 from tuning.depth import open_names
 from tuning.engine import train_steps
 from tuning.entering import enter_stage
-from tuning.evaluation import evaluate
 from tuning.feeds import stage_feeds
 from tuning.image_sizes import run_sizes
-from tuning.models import build
+from tuning.judging.evaluation import evaluate
+from tuning.models.build import build
 from tuning.plan import make_plan
 from tuning.preparing import objective
 from tuning.progress import Progress
+from tuning.safety.unreadable import UnreadablePictures
 from tuning.sharding import shard, whole
-from tuning.unreadable import UnreadablePictures
 
 PRESETS = Path(__file__).parents[1] / "recipes" / "presets"
 

@@ -12,17 +12,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tuning.agreement import on_any_process
 from tuning.clipping import Clip
 from tuning.data.loader import Feed, Micro
 from tuning.data.sampling import TrainOrder, step_seed
 from tuning.entering import Entered
 from tuning.groups import set_lr
-from tuning.heartbeat import one_line
 from tuning.losses import Loss
 from tuning.optimizers import step_if
-from tuning.out_of_memory import Exchange, is_out_of_memory, lost_share, no_second_attempt, start_over
 from tuning.progress import Progress
+from tuning.safety.agreement import on_any_process
+from tuning.safety.heartbeat import one_line
+from tuning.safety.out_of_memory import Exchange, is_out_of_memory, lost_share, no_second_attempt, start_over
 from tuning.sharding import exchanging, is_sharded, own, whole
 
 

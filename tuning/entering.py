@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from tuning.agreement import running_statistics
-from tuning.batch_norm import synchronise
+from tuning.averaging.batch_norm import synchronise
 from tuning.depth import closed_eval, freeze_batch_norm, open_names, set_open
 from tuning.groups import param_groups, set_peak_lrs
 from tuning.optimizers import create_optimizer, start_momentum
 from tuning.plan import StagePlan
+from tuning.safety.agreement import running_statistics
 from tuning.sharding import is_sharded
 from tuning.stages import Stage
 

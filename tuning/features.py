@@ -12,7 +12,7 @@ from tuning.data.loader import EvalFeed, Micro
 from tuning.data.sampling import EvalOrder
 from tuning.entering import HeadOnly
 from tuning.errors import UserError
-from tuning.out_of_memory import InParts
+from tuning.safety.out_of_memory import InParts
 
 
 def compute_features(accelerator: Accelerator, model: nn.Module, feed: EvalFeed) -> tuple[Tensor, Tensor]:

@@ -23,9 +23,9 @@ from tuning.data.tables import Table, label_array, take
 from tuning.data.transforms import Crop, Normalise
 from tuning.entering import Entered
 from tuning.features import CachedEval, compute_features
-from tuning.models import ModelInfo
+from tuning.models.build import ModelInfo
 from tuning.plan import StagePlan
-from tuning.unreadable import UnreadablePictures
+from tuning.safety.unreadable import UnreadablePictures
 
 EVAL_BATCH = 64  # pictures per forward pass per process
 JUDGED = 2048  # images, an error of about 1 % in accuracy

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from tuning.progress import Progress
 from tuning.stages import Stage
-from tuning.summary import better
+from tuning.tracking.summary import better
 
 
 def count(progress: Progress, stage: Stage, value: float, metric: str, steps_per_epoch: int) -> None:

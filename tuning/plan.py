@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from tuning.batch_norm import norms, refuse_foreign_norms
+from tuning.averaging.batch_norm import norms, refuse_foreign_norms
 from tuning.depth import open_names
 from tuning.errors import UserError
 from tuning.groups import decay_for_ratio, param_groups
 from tuning.image_sizes import batch_at, sizes_of, stride
-from tuning.models import ModelInfo, check_image_size
+from tuning.models.build import ModelInfo, check_image_size
 from tuning.optimizers import check_optimizer
 from tuning.progress import Progress
 from tuning.sizes import LARGEST_AUTO_MICRO_BATCH, BatchPlan, plan_batch

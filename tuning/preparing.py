@@ -11,17 +11,17 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from tuning import sharding
+from tuning.cli.command_line import Command
 from tuning.clipping import Clip, clipping
-from tuning.command_line import Command
 from tuning.data.grey import are_grey
 from tuning.data.sources import Data, open_data
 from tuning.data.tables import label_array
 from tuning.flags import ColorName, Flags
-from tuning.head_fit import linear_classifier
 from tuning.image_sizes import run_sizes
 from tuning.losses import Loss, balanced_weights, chosen
-from tuning.lr_auto import before_search
-from tuning.models import ModelInfo, build
+from tuning.lr_search.auto import before_search
+from tuning.models.build import ModelInfo, build
+from tuning.models.head_fit import linear_classifier
 from tuning.plan import StagePlan, check_sizes, make_plan
 from tuning.sizes import largest_auto_micro_batch
 from tuning.stages import Stage

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tuning.coerce import field_types
+from tuning.cli.coerce import field_types
 
 
 @dataclass

@@ -20,9 +20,9 @@ from accelerate.utils import (
 )
 
 from tuning import sharding
-from tuning.agreement import join_hosts
 from tuning.errors import UserError
-from tuning.heartbeat import start_heartbeat
+from tuning.safety.agreement import join_hosts
+from tuning.safety.heartbeat import start_heartbeat
 
 Precision = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
@@ -54,7 +54,7 @@ def start(
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # whatever the environment says
             kwargs_handlers=[
                 # find_unused_parameters would hide a parameter that never gets a gradient; buffers are averaged before
-                # they are used or saved (`tuning.agreement`), not overwritten with rank 0's at every forward pass.
+                # they are used or saved (`safety.agreement`), not overwritten with rank 0's at every forward pass.
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
                 InitProcessGroupKwargs(backend=sharding.backend(), timeout=_waiting_time(timeout)),
             ],

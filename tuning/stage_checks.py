@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from tuning.coerce import shown
+from tuning.cli.coerce import shown
 from tuning.errors import UserError
 from tuning.stages import PARTS, Stage
 

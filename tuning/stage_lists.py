@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tuning.coerce import WholeNumbers, as_key, coerce, field_types, shown
+from tuning.cli.coerce import WholeNumbers, as_key, coerce, field_types, shown
 from tuning.errors import UserError, did_you_mean
 from tuning.stages import PARTS, Stage
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tuning import schedules
-from tuning.coerce import NO_NUMBERS
+from tuning.cli.coerce import NO_NUMBERS
 from tuning.flags.names import AugmentName, ColorName, SamplingName, ScheduleName
 
 PARTS = ("norms", "norms-biases")  # kinds of parameters, at any depth, that are open beside the head

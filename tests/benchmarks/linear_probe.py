@@ -25,7 +25,7 @@ from tuning.data.sources import Data, open_data
 from tuning.data.tables import label_array
 from tuning.data.transforms import Crop, Normalise
 from tuning.features import compute_features
-from tuning.models import build
+from tuning.models.build import build
 
 CHOICES_OF_C = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 

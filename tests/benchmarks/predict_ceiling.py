@@ -28,9 +28,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 import predict  # noqa: E402
 
 from tuning import session  # noqa: E402
-from tuning.command_line import parse_command  # noqa: E402
-from tuning.models import build, save_timm_folder  # noqa: E402
-from tuning.predicting import judging_batch  # noqa: E402
+from tuning.cli.command_line import parse_command  # noqa: E402
+from tuning.judging.predicting import judging_batch  # noqa: E402
+from tuning.models.build import build, save_timm_folder  # noqa: E402
 
 
 def write_pictures(folder: Path, images: int) -> None:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from tuning import session
+from tuning.cli.command_line import parse_command
 from tuning.clipping import clipping
-from tuning.command_line import parse_command
 from tuning.data.loader import FeatureFeed
 from tuning.data.sampling import TrainOrder
 from tuning.engine import train_steps
@@ -29,7 +29,7 @@ from tuning.entering import Entered, enter_stage
 from tuning.losses import cross_entropy
 from tuning.plan import make_plan
 from tuning.progress import Progress
-from tuning.saving import Saver
+from tuning.safety.saving import Saver
 
 EVERY = 100
 

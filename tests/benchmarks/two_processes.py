@@ -33,8 +33,8 @@ from tests.benchmarks.scale_model import Step
 from tests.benchmarks.scale_simulation import Disturbance, simulate
 from tests.ranks import run_ranks
 from tuning import session
+from tuning.cli.command_line import parse_command
 from tuning.clipping import clipping
-from tuning.command_line import parse_command
 from tuning.data.sampling import TrainOrder
 from tuning.engine import train_steps
 from tuning.entering import enter_stage

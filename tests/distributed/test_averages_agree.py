@@ -16,10 +16,10 @@ from recipe_runs import finetune_here
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tuning.averaging.norm_statistics import NormStatistics
 from tuning.data.sources import open_data
 from tuning.flags import DataFlags
-from tuning.models import ModelInfo
-from tuning.norm_statistics import NormStatistics
+from tuning.models.build import ModelInfo
 from tuning.sharding import ASKED
 
 COMMON = ("--weights", "none", "--image-size", "32", "--batch-size", "8", "--workers", "0", "--tracker", "none")
@@ -87,7 +87,7 @@ def taken_anew(photos: str) -> dict[str, Tensor]:
     info = ModelInfo("test", "test", "", 32, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0)
     anew = NormStatistics(Accelerator(cpu=True), data, info, 0, 0, 37)
     names = [name for name, _ in model.named_buffers() if "running" in name]
-    from tuning import norm_statistics
+    from tuning.averaging import norm_statistics
 
     norm_statistics.BATCH = 8  # five batches for two processes: one of them has filler
     with anew.estimated(model, names, 32):

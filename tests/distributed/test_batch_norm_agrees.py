@@ -17,7 +17,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, distributed, nn
 
 from tuning import session
-from tuning.batch_norm import SyncedBatchNorm, synchronise
+from tuning.averaging.batch_norm import SyncedBatchNorm, synchronise
 from tuning.clipping import clipping
 from tuning.data.loader import FeatureFeed
 from tuning.data.sampling import TrainOrder

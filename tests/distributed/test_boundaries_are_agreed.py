@@ -11,9 +11,9 @@ import pytest
 from accelerate import Accelerator
 from ranks import run_ranks
 
-from tuning import interrupts, stopping
-from tuning.interrupts import StopRequested
-from tuning.stopping import Asked, Boundary
+from tuning.safety import interrupts, stopping
+from tuning.safety.interrupts import StopRequested
+from tuning.safety.stopping import Asked, Boundary
 
 
 def boundaries(folder: Path, lag: int, asks: str, **options: float) -> list[Asked]:

@@ -14,7 +14,7 @@ from torch import nn
 from tuning.data.loader import Micro
 from tuning.data.sampling import EvalOrder
 from tuning.errors import UserError
-from tuning.evaluation import evaluate
+from tuning.judging.evaluation import evaluate
 
 CLASSES = 7
 

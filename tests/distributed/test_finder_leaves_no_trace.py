@@ -19,19 +19,19 @@ from torch import Tensor
 
 import tuning.feeds
 from tuning import session
+from tuning.cli.command_line import parse_command
 from tuning.clipping import clipping
-from tuning.command_line import parse_command
 from tuning.data.sources import open_data
 from tuning.engine import train_steps
 from tuning.entering import enter_stage
 from tuning.feeds import some_evaluation, stage_feeds
 from tuning.losses import Loss, cross_entropy
-from tuning.lr_finder import find as search
-from tuning.lr_trials import Search, Trials, judge_trial, sweep
-from tuning.models import build
+from tuning.lr_search.finder import find as search
+from tuning.lr_search.trials import Search, Trials, judge_trial, sweep
+from tuning.models.build import build
 from tuning.plan import make_plan
 from tuning.progress import Progress
-from tuning.unreadable import UnreadablePictures
+from tuning.safety.unreadable import UnreadablePictures
 
 # BatchNorm in training mode, dropout, random crops, several micro-batches a step; 7 steps go round 37 images.
 MODEL = ("--model", "test_efficientnet", "--weights", "none", "--image-size", "32", "--batch-norm", "train")

@@ -11,14 +11,14 @@ from stage_runs import PRESETS, run_stages, state_of
 from torch import Tensor
 
 from tuning import session
-from tuning.command_line import parse_command
+from tuning.cli.command_line import parse_command
 from tuning.data.sources import open_data
 from tuning.data.tables import label_array
 from tuning.errors import UserError
 from tuning.feeds import plain_feed
-from tuning.head_fit import fit_head
 from tuning.losses import balanced_weights
-from tuning.models import build
+from tuning.models.build import build
+from tuning.models.head_fit import fit_head
 from tuning.plan import make_plan
 
 SMALL = ("--weights", "none", "--image-size", "32", "--batch-size", "8", "--workers", "0", "--tracker", "none")

@@ -16,7 +16,6 @@ from stage_runs import largest_difference, state_of
 from torch import Tensor, nn
 
 from tuning import session
-from tuning.agreement import average_statistics, refuse_drift
 from tuning.clipping import clipping
 from tuning.data.loader import FeatureFeed
 from tuning.data.sampling import TrainOrder
@@ -26,6 +25,7 @@ from tuning.errors import UserError
 from tuning.losses import cross_entropy
 from tuning.plan import at_micro_batch, make_plan
 from tuning.progress import Progress
+from tuning.safety.agreement import average_statistics, refuse_drift
 
 IMAGES, CLASSES, SIZE, BATCH = 44, 3, 32, 16  # steps of 16, 16, 12 images; 8 a process
 MIDDLE = {"test_vit": "blocks.1", "test_efficientnet": "blocks.2"}

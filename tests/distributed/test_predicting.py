@@ -12,10 +12,10 @@ from PIL import Image
 from ranks import run_ranks
 from timm.data import create_transform, resolve_data_config
 
-from tuning import predicting
 from tuning.data.tables import picture_dataset
 from tuning.errors import UserError
-from tuning.models import build
+from tuning.judging import predicting
+from tuning.models.build import build
 
 IMAGES, BROKEN = 23, (0, 11, 22)
 

@@ -19,8 +19,7 @@ from short_memory import ShortMemory, limit_memory
 from stage_runs import largest_difference, state_of
 from torch import Tensor
 
-from tuning import heartbeat, session
-from tuning.checkpoint import find
+from tuning import session
 from tuning.clipping import clipping
 from tuning.data.loader import FeatureFeed
 from tuning.data.sampling import TrainOrder
@@ -29,6 +28,8 @@ from tuning.entering import enter_stage
 from tuning.losses import cross_entropy
 from tuning.plan import make_plan
 from tuning.progress import Progress
+from tuning.safety import heartbeat
+from tuning.safety.checkpoint import find
 from tuning.sizes import BatchPlan
 
 SIDE, SHARE = 160, 64

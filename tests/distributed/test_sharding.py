@@ -19,7 +19,6 @@ from stage_runs import StageRun, largest_difference, run_stages, state_of
 from torch import nn
 
 from tuning import session, sharding
-from tuning.checkpoint import checkpoints, load
 from tuning.clipping import clipping
 from tuning.data.loader import FeatureFeed
 from tuning.data.sampling import TrainOrder
@@ -27,10 +26,11 @@ from tuning.engine import train_steps
 from tuning.entering import enter_stage
 from tuning.errors import UserError
 from tuning.losses import cross_entropy
-from tuning.manifest import read
 from tuning.plan import make_plan
 from tuning.progress import Progress
-from tuning.saving import Saver
+from tuning.safety.checkpoint import checkpoints, load
+from tuning.safety.manifest import read
+from tuning.safety.saving import Saver
 
 VIT = ("--model", "test_vit", "--weights", "none", "--image-size", "32", "--batch-size", "8", "--micro-batch", "2")
 STAGES = ("--freeze-epochs", "1", "--epochs", "2", "--unfreeze", "gradual", "--layer-decay", "0.7")

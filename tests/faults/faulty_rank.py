@@ -21,7 +21,7 @@ import finetune  # noqa: E402
 import torch  # noqa: E402
 
 from tuning import engine  # noqa: E402
-from tuning.command_line import run_recipe  # noqa: E402
+from tuning.cli.command_line import run_recipe  # noqa: E402
 
 FAULT = "injected fault"
 

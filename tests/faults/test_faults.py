@@ -24,11 +24,11 @@ from tests.faults import sabotage
 from tests.faults.attempts import Ranks, attempt
 from tests.faults.campaign import Campaign, Case
 from tests.faults.comparison import checkpoints, differences, is_complete, logged_steps, newest_complete, records
-from tuning import manifest
 from tuning.data.sampling import TrainOrder, step_seed
 from tuning.data.sources import open_data
 from tuning.errors import UserError
 from tuning.flags import DataFlags
+from tuning.safety import manifest
 from tuning.sizes import BatchPlan
 
 pytestmark = pytest.mark.slow

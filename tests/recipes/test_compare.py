@@ -20,10 +20,10 @@ import yaml
 from PIL import Image
 from recipe_runs import Finished, Run
 
-from tuning import kept_predictions
+from tuning.cli.plain_command import run_plain
 from tuning.comparison.runs import groups, matches, read_runs
 from tuning.errors import UserError
-from tuning.plain_command import run_plain
+from tuning.judging import kept_predictions
 
 ROOT = Path(__file__).parents[2]
 LABELS = np.array([0] * 30 + [1] * 20 + [2] * 10)

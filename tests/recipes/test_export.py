@@ -27,7 +27,7 @@ from recipe_runs import run_forked
 from tuning.data.images import decode
 from tuning.data.transforms import Crop, Normalise
 from tuning.exporting import formats
-from tuning.finished import Finished, open_finished
+from tuning.judging.finished import Finished, open_finished
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("onnx", "exported-program", "timm")
@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, coloured: Path) -> Path:
     config.write_text(json.dumps(content))
     for module in ("judged_data", "exporting.publishing", "exporting.comparison", "exporting.report", "track"):
         import_module(f"tuning.{module}")
-    for module in ("torch.onnx", "onnxscript", "tuning.prediction_files", "tuning.top_classes"):
+    for module in ("torch.onnx", "onnxscript", "tuning.judging.prediction_files", "tuning.judging.top_classes"):
         import_module(module)
     return folder / "run"
 

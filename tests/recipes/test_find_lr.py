@@ -13,7 +13,7 @@ import pytest
 from ranks import run_ranks
 from recipe_runs import ROOT
 
-from tuning.command_line import run_recipe
+from tuning.cli.command_line import run_recipe
 
 SMALL = ("--model", "test_vit", "--weights", "none", "--image-size", "32", "--batch-size", "24", "--threads", "1")
 SHORT = ("--finder-steps", "40", "--finder-race", "0", "--lr-ratio", "1", "--workers", "0")

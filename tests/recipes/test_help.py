@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tuning.command_line import NOT_IN_CONFIG, flat
+from tuning.cli.command_line import NOT_IN_CONFIG, flat
+from tuning.cli.optimizer_defaults import resolved
 from tuning.flags import Flags
-from tuning.optimizer_defaults import resolved
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").glob("*.py"))

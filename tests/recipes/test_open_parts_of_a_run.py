@@ -11,7 +11,7 @@ import torch
 from recipe_runs import Run
 from safetensors.torch import load_file
 
-from tuning.command_line import parse_command
+from tuning.cli.command_line import parse_command
 from tuning.stages import Stage
 
 PRESETS = Path(__file__).parents[2] / "recipes" / "presets"

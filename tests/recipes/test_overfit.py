@@ -72,7 +72,7 @@ def check(folder: Path, *flags: str, plant: Plant | None = None, processes: int 
 def _recipe(flags: tuple[str, ...], plant: Plant | None) -> tuple[int, str]:
     import overfit as recipe
 
-    from tuning.command_line import run_recipe
+    from tuning.cli.command_line import run_recipe
 
     if plant:
         plant()
@@ -347,7 +347,7 @@ def test_a_batch_of_unreadable_pictures_alone(own_photos: Path, tmp_path: Path) 
 def test_a_replayed_step_takes_exactly_its_images(photos: Path, tmp_path: Path) -> None:
     """The file that the engine's own fault counter writes, not one made for this test."""
     from tuning.data.sources import open_data
-    from tuning.numerical_faults import NumericalFaults
+    from tuning.safety.numerical_faults import NumericalFaults
 
     options = dict.fromkeys(("image_column", "label_column", "train_split", "eval_split", "limit_train", "limit_eval"))
     train = open_data(str(photos), val_fraction=0.25, seed=0, **options).train  # type: ignore[arg-type]

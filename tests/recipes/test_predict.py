@@ -18,9 +18,9 @@ from ranks import run_ranks
 from recipe_runs import Finished, import_after, recipe_here
 from timm.data import create_transform, resolve_data_config
 
-from tuning import packaged_weights
-from tuning.calibration import store
-from tuning.models import build, save_timm_folder
+from tuning.judging.calibration import store
+from tuning.models import packaged_weights
+from tuning.models.build import build, save_timm_folder
 
 CLASSES = ("cat", "dog", "emu")
 COUNT, BROKEN = 35, ("in/00.png", "in/17.png", "in/34.png")  # with two processes the filler is broken, too

@@ -17,9 +17,9 @@ from pictures import write_classes
 from ranks import run_ranks
 from recipe_runs import Finished, Run, finetune_here, run_forked
 
-from tuning import kept_predictions, predicting
 from tuning.analysis import report
 from tuning.comparison.runs import groups, judged_alike, read_runs
+from tuning.judging import kept_predictions, predicting
 
 SMALL = ("--model", "test_vit", "--weights", "none", "--image-size", "32", "--batch-size", "8", "--workers", "0")
 SHORT = ("--freeze-epochs", "0", "--epochs", "1", "--log-every", "3")

@@ -22,7 +22,7 @@ import yaml
 from PIL import Image
 from recipe_runs import ROOT, run_forked
 
-from tuning.command_line import parse_command
+from tuning.cli.command_line import parse_command
 from tuning.errors import UserError
 from tuning.searching import launching, pictures
 
@@ -157,7 +157,7 @@ FAKE = """
 import json, sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from tuning.command_line import parse_command
+from tuning.cli.command_line import parse_command
 command = parse_command(sys.argv[1:], "recipes/finetune.py", "", Path({root!r}) / "recipes/presets")
 lr, epochs, folder = command.flags.optimisation.lr, command.flags.staging.epochs, Path(command.flags.run.output)
 if lr == 0.5:

@@ -9,7 +9,7 @@ from ranks import run_ranks
 from timm.layers import EvoNorm2dB0
 from torch import Tensor, nn
 
-from tuning.agreement import DriftError, average_statistics, refuse_drift, running_statistics
+from tuning.safety.agreement import DriftError, average_statistics, refuse_drift, running_statistics
 
 
 def network() -> nn.Sequential:

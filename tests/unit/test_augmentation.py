@@ -17,8 +17,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
 
-from tuning.augmentation import FILE, draw_batch
-from tuning.command_line import parse_command, resolve_stages
+from tuning.cli.command_line import parse_command, resolve_stages
 from tuning.data import erasing
 from tuning.data.erasing import Erasing, erased
 from tuning.data.grey import are_grey
@@ -32,6 +31,7 @@ from tuning.flags import Flags, RegularisationFlags
 from tuning.progress import Progress
 from tuning.sizes import BatchPlan
 from tuning.stage_checks import check_stage
+from tuning.tracking.augmentation import FILE, draw_batch
 
 GREY, SIZE, IMAGES = (124, 116, 104), 32, 21
 CPU = torch.device("cpu")

@@ -11,13 +11,13 @@ from plain_stages import plain_stage
 from torch import nn
 
 from tuning import schedules
-from tuning.averages import Averages
-from tuning.command_line import parse_command
+from tuning.averaging.averages import Averages
+from tuning.cli.command_line import parse_command
 from tuning.errors import UserError
 from tuning.plan import StagePlan
 from tuning.progress import Progress
 from tuning.sizes import BatchPlan
-from tuning.summary import contenders
+from tuning.tracking.summary import contenders
 
 PRESETS = Path(__file__).parents[2] / "recipes" / "presets"
 PER_EPOCH = 5

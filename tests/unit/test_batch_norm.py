@@ -9,7 +9,14 @@ import timm
 import torch
 from torch import nn
 
-from tuning.batch_norm import SyncedBatchNorm, SyncedBatchNormAct, apart, norms, refuse_foreign_norms, synchronise
+from tuning.averaging.batch_norm import (
+    SyncedBatchNorm,
+    SyncedBatchNormAct,
+    apart,
+    norms,
+    refuse_foreign_norms,
+    synchronise,
+)
 from tuning.errors import UserError
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from test_final_metrics import answers
 
-from tuning import bootstrap
-from tuning.bootstrap import _Judged, intervals
-from tuning.final_metrics import final_metrics
+from tuning.judging import bootstrap
+from tuning.judging.bootstrap import _Judged, intervals
+from tuning.judging.final_metrics import final_metrics
 
 
 @pytest.mark.parametrize(("images", "classes"), [(200, 2), (211, 3), (90, 7)])

@@ -12,11 +12,11 @@ from scipy.optimize import minimize_scalar
 from test_final_metrics import answers
 from torch.nn import functional as F
 
-from tuning.calibration import HIGHEST, LOWEST, calibrated, fit_temperature, place_for, store
 from tuning.errors import UserError
-from tuning.finished import open_finished
 from tuning.flags import DataFlags
-from tuning.models import build, save_timm_folder
+from tuning.judging.calibration import HIGHEST, LOWEST, calibrated, fit_temperature, place_for, store
+from tuning.judging.finished import open_finished
+from tuning.models.build import build, save_timm_folder
 
 
 @pytest.mark.parametrize(("scale", "classes"), [(1.0, 3), (5.0, 3), (0.2, 10), (2.0, 2)])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tuning.class_maps import outputs_for
 from tuning.errors import UserError
+from tuning.judging.class_maps import outputs_for
 
 
 def test_the_same_in_another_order_and_a_part_of_them() -> None:

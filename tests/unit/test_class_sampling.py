@@ -14,7 +14,7 @@ from pictures import encode, noise
 from scipy.stats import chi2
 from torch.utils.data import WeightedRandomSampler
 
-from tuning.command_line import resolve_stages
+from tuning.cli.command_line import resolve_stages
 from tuning.data.class_sampling import (
     EXPONENTS,
     PERIOD,
@@ -31,9 +31,9 @@ from tuning.data.sampling import Item, TrainOrder
 from tuning.data.transforms import Crop, Normalise
 from tuning.errors import UserError
 from tuning.flags import DataFlags, Flags, RegularisationFlags, SamplingName
-from tuning.imbalance import class_sentence, sampling_sentences
 from tuning.sizes import BatchPlan
 from tuning.stage_lists import read_stages
+from tuning.tracking.imbalance import class_sentence, sampling_sentences
 
 COUNTS = st.lists(st.integers(1, 60), min_size=1, max_size=12).map(np.array)
 NAMES = st.sampled_from(["sqrt", "balanced"])

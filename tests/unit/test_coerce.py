@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from tuning.coerce import as_key, coerce, field_types, parse_yaml, read_yaml, shown
+from tuning.cli.coerce import as_key, coerce, field_types, parse_yaml, read_yaml, shown
 from tuning.errors import UserError
 
 Schedule = Literal["cosine", "sgdr"]

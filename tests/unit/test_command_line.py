@@ -17,15 +17,16 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tuning import command_line, interrupts, launcher
-from tuning.checks import check_flags, flat
-from tuning.coerce import field_types
-from tuning.command_line import NOT_IN_CONFIG, Command, dump, parse_command, resolve_stages, run_recipe
-from tuning.echoes import ProcessLost
-from tuning.effects import NEEDS, ONLY_WITHOUT_STAGES
+from tuning.cli import command_line, launcher
+from tuning.cli.checks import check_flags, flat
+from tuning.cli.coerce import field_types
+from tuning.cli.command_line import NOT_IN_CONFIG, Command, dump, parse_command, resolve_stages, run_recipe
+from tuning.cli.effects import NEEDS, ONLY_WITHOUT_STAGES
+from tuning.cli.optimizer_defaults import resolved
 from tuning.errors import UserError
 from tuning.flags import Flags
-from tuning.optimizer_defaults import resolved
+from tuning.safety import interrupts
+from tuning.safety.echoes import ProcessLost
 from tuning.stage_lists import NOT_KEYS
 from tuning.stages import Stage
 

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 from launch.command_line import TARGETS, _parser, _split
-from tuning.command_line import parse_command
+from tuning.cli.command_line import parse_command
 from tuning.flags import Flags
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ DOCUMENTS = sorted(
 RECIPE = re.compile(r"(?<!-- )\b(?:accelerate launch|python)(?: --[^`\n]*?)? (recipes/\w+\.py)\b([^`\n]*)")
 LAUNCH = re.compile(r"\bpython -m launch ((?:local|slurm|kubernetes|sky)\b[^`\n]*)")
 PLACEHOLDERS = {" ...": "", "$seed": "1", "--seed S": "--seed 1", "--machine-rank R": "--machine-rank 0"}
-SUFFIXES = {"py", "json", "jsonl", "html", "png", "yaml", "parquet", "txt", "safetensors", "onnx", "pt2"}
+SUFFIXES = {"py", "json", "jsonl", "html", "png", "yaml", "parquet", "csv", "txt", "safetensors", "onnx", "pt2"}
 NO_RUN_FLAGS = "recipes/compare.py"  # it takes folders alone
 OF_OTHERS = {  # flags of other programs
     *("accelerate", "mixed_precision", "multi_gpu", "num_processes", "num_machines", "config_file", "max_restarts"),

@@ -27,9 +27,9 @@ from tuning.engine import Step, train_steps
 from tuning.entering import Entered, enter_stage
 from tuning.errors import UserError
 from tuning.losses import Loss, cross_entropy
-from tuning.numerical_faults import NumericalFaults
 from tuning.plan import make_plan
 from tuning.progress import Progress
+from tuning.safety.numerical_faults import NumericalFaults
 from tuning.sizes import plan_batch
 from tuning.stage_lists import standard_stages
 from tuning.stages import Stage

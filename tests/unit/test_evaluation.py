@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tuning.data.loader import Micro
 from tuning.errors import UserError
-from tuning.evaluation import TEMPERATURES, evaluate, evaluate_calibrated
+from tuning.judging.evaluation import TEMPERATURES, evaluate, evaluate_calibrated
 
 IMAGES, CLASSES = 40, 3
 

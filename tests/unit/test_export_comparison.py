@@ -19,8 +19,8 @@ from tuning.exporting import bundle
 from tuning.exporting.comparison import Comparison, compare
 from tuning.exporting.formats import original
 from tuning.exporting.latency import latencies
-from tuning.finished import open_finished
-from tuning.models import ModelInfo, build, save_timm_folder
+from tuning.judging.finished import open_finished
+from tuning.models.build import ModelInfo, build, save_timm_folder
 
 CLASSES = ("cat", "dog", "emu")
 

@@ -14,7 +14,7 @@ from tuning.data.transforms import Normalise
 from tuning.errors import UserError
 from tuning.exporting import formats
 from tuning.exporting.formats import Format, check_packages, input_type, inputs_for, load, write
-from tuning.models import ModelInfo, build
+from tuning.models.build import ModelInfo, build
 
 CLASSES = ("cat", "dog", "emu")
 TOLERANCE = 1e-4

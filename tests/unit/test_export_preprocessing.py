@@ -17,7 +17,7 @@ from tuning.data.images import decode
 from tuning.data.transforms import Crop, Normalise
 from tuning.exporting import preprocessing
 from tuning.exporting.bundle import settings_for
-from tuning.models import ModelInfo
+from tuning.models.build import ModelInfo
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = [(500, 375), (60, 90), (33, 201), (224, 224), (1000, 707), (45, 44), (30, 20)]

@@ -8,7 +8,7 @@ import sklearn.metrics as oracle
 import torch
 from torch import Tensor
 
-from tuning.final_metrics import BINS, calibration_error, final_metrics, mean_of, per_class, probabilities
+from tuning.judging.final_metrics import BINS, calibration_error, final_metrics, mean_of, per_class, probabilities
 
 
 def answers(images: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,8 @@ from tuning.data import fingerprint
 from tuning.data.fingerprint import differences, index, save
 from tuning.data.sources import Data, open_data
 from tuning.data.tables import picture_dataset
-from tuning.data_check import refuse_changed_data
 from tuning.errors import UserError
+from tuning.safety.data_check import refuse_changed_data
 
 
 @pytest.fixture(autouse=True)

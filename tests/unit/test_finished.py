@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tuning.errors import UserError
-from tuning.finished import open_finished
-from tuning.manifest import digest, sealed
-from tuning.models import build, save_timm_folder
+from tuning.judging.finished import open_finished
+from tuning.models.build import build, save_timm_folder
 from tuning.progress import Progress
+from tuning.safety.manifest import digest, sealed
 
 CLASSES = ("cat", "dog", "emu")
 

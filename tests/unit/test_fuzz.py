@@ -15,15 +15,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tuning.coerce import field_types
-from tuning.command_line import COMMAND_LINE_ONLY, Command, parse_command
+from tuning.cli.coerce import field_types
+from tuning.cli.command_line import COMMAND_LINE_ONLY, Command, parse_command
 from tuning.errors import UserError
 from tuning.flags import Flags
-from tuning.plots import draw_curves
-from tuning.records import keep_until, order, read_records
-from tuning.run_folder import RunFolder, refuse_other_run, settled_hash
 from tuning.stages import Stage
-from tuning.summary import make_summary
+from tuning.tracking.plots import draw_curves
+from tuning.tracking.records import keep_until, order, read_records
+from tuning.tracking.run_folder import RunFolder, refuse_other_run, settled_hash
+from tuning.tracking.summary import make_summary
 
 PRESETS = Path(__file__).parents[2] / "recipes" / "presets"
 STEADY = settings(

@@ -8,9 +8,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from tuning import head_fit
-from tuning.head_fit import PENALTIES, fit_logistic
 from tuning.losses import balanced_weights
+from tuning.models import head_fit
+from tuning.models.head_fit import PENALTIES, fit_logistic
 
 
 def draw(images: int, width: int, classes: int, signal: float, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -15,14 +15,14 @@ from PIL import Image
 from plain_stages import plain_stage
 from torch import Tensor, nn
 
-from tuning.command_line import parse_command
+from tuning.cli.command_line import parse_command
 from tuning.data.loader import Micro, TrainFeed
 from tuning.data.mixing import Mixing
 from tuning.data.sampling import TrainOrder, drawn_size
 from tuning.data.transforms import Crop, Normalise
 from tuning.errors import UserError
 from tuning.image_sizes import batch_at, run_sizes, sizes_of, stride
-from tuning.models import build, save_timm_folder
+from tuning.models.build import build, save_timm_folder
 from tuning.plan import StagePlan, check_sizes, make_plan
 from tuning.sizes import BatchPlan
 from tuning.stage_checks import check_stage

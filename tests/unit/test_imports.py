@@ -11,45 +11,44 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LAYER_0 = ("errors", "coerce", "stages", "progress", "schedules", "sizes", "command_line")
-LAYER_0 += (
-    "run_folder",
-    "summary",
-    "data.sampling",
-    "data.local_order",
-    "data.class_sampling",
-    "data.splits",
-    "records",
-    "interrupts",
-    "checks",
+
+
+def listed(folders: dict[str, str]) -> tuple[str, ...]:
+    """``{"cli": "checks effects"}`` as dotted names; the folder ``""`` is `tuning` itself."""
+    return tuple(f"{folder}.{name}".removeprefix(".") for folder, names in folders.items() for name in names.split())
+
+
+LAYER_0 = listed(
+    {
+        "": "errors stages progress schedules sizes lr_curve patience stage_checks stage_lists",
+        "analysis": "mistakes",
+        "cli": "command_line plain_command coerce checks effects optimizer_defaults run_defaults outputs launcher ending",
+        "comparison": "paired runs",
+        "data": "sampling local_order class_sampling splits",
+        "exporting": "preprocessing",
+        "judging": "kept_predictions",
+        "lr_search": "race ranges",
+        "preflight": "findings",
+        "safety": "interrupts heartbeat echoes manifest",
+        "searching": "spaces space_files commands launching studies results starting",
+        "tracking": "run_folder summary records imbalance",
+        "flags": " ".join(path.stem for path in (ROOT / "tuning/flags").glob("[a-z]*.py")),
+    }
 )
-LAYER_0 += (
-    "launcher",
-    "heartbeat",
-    "echoes",
-    "ending",
-    "preflight.findings",
-    "lr_curve",
-    "lr_race",
-    "lr_ranges",
-    "optimizer_defaults",
-    "patience",
-    "manifest",
+LAYER_2 = listed(
+    {
+        "": "session entering engine feeds features sharding preparing",
+        "analysis": "last_look finishing",
+        "averaging": "norm_statistics averages snapshots",
+        "judging": "evaluation gathering predicting",
+        "lr_search": "finder report trials no_trace",
+        "models": "head_fit",
+        "overfit": "overfitting",
+        "preflight": "reading trial memory timing verdict",
+        "safety": "agreement checkpoint saving stopping numerical_faults out_of_memory unreadable data_check resuming",
+        "tracking": "track console tracker_history",
+    }
 )
-LAYER_0 += ("stage_checks", "stage_lists", "effects")
-LAYER_0 += ("run_defaults", "outputs", "exporting.preprocessing", "plain_command")
-LAYER_0 += tuple(f"flags.{p.stem}" for p in (ROOT / "tuning/flags").glob("*.py") if p.stem != "__init__")
-LAYER_0 += ("imbalance", "kept_predictions", "analysis.mistakes", "comparison.paired", "comparison.runs")
-LAYER_0 += tuple(
-    f"searching.{name}" for name in ("spaces", "space_files", "commands", "launching", "studies", "results", "starting")
-)
-LAYER_2 = ("agreement", "session", "entering", "engine", "feeds", "features", "evaluation", "checkpoint")
-LAYER_2 += ("track", "console", "head_fit", "saving", "stopping", "numerical_faults", "tracker_history")
-LAYER_2 += ("out_of_memory", "sharding")
-LAYER_2 += ("unreadable", "data_check", "resuming", "preparing", "overfitting", "lr_finder", "lr_report")
-LAYER_2 += ("lr_trials", "no_trace", "gathering", "predicting", "norm_statistics", "averages", "snapshots")
-LAYER_2 += tuple(f"preflight.{name}" for name in ("reading", "trial", "memory", "timing", "verdict"))
-LAYER_2 += ("analysis.last_look", "analysis.finishing")
 TUNING = {".".join(p.relative_to(ROOT / "tuning").with_suffix("").parts): p for p in (ROOT / "tuning").rglob("*.py")}
 MODULES = {name: path for name, path in TUNING.items() if not name.endswith("__init__")}
 LAYER_1 = sorted(MODULES.keys() - {*LAYER_0, *LAYER_2})

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tuning.errors import UserError
-from tuning.initialisation import init_head, initialise, orthogonal
+from tuning.models.initialisation import init_head, initialise, orthogonal
 
 
 def test_orthogonal_matrices_are_orthonormal() -> None:

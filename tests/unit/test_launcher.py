@@ -20,9 +20,11 @@ import torch
 from accelerate.utils import InitProcessGroupKwargs
 from ranks import run_ranks
 
-from tuning import echoes, heartbeat, launcher, session
-from tuning.echoes import ProcessLost, first_error, is_echo
-from tuning.heartbeat import Sign
+from tuning import session
+from tuning.cli import launcher
+from tuning.safety import echoes, heartbeat
+from tuning.safety.echoes import ProcessLost, first_error, is_echo
+from tuning.safety.heartbeat import Sign
 from tuning.schedules import with_warmup
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +79,7 @@ def test_a_restart_of_a_run_that_began_with_a_checkpoint(tmp_path: Path, restart
 
 def test_the_token_names_this_parent_alone() -> None:
     assert launcher.token() == launcher.token()
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tuning.launcher import token; print(token())"
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tuning.cli.launcher import token; print(token())"
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
     assert other.split()[-2:] == [str(os.getpid()), str(psutil.Process().create_time())]
     assert other != launcher.token()
@@ -93,7 +95,7 @@ child.wait()
 CHILD = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from tuning.launcher import end_with_launcher
+from tuning.cli.launcher import end_with_launcher
 end_with_launcher()
 print("ready", flush=True)
 time.sleep(60)
@@ -296,7 +298,7 @@ def test_the_place_is_the_innermost_line_of_our_own() -> None:
 
 def test_a_signal_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher ends an echo by SIGTERM: the wait ends at once, as a failure and not as a stop on request."""
-    from tuning import interrupts
+    from tuning.safety import interrupts
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     old = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]

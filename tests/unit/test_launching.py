@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tuning.interrupts import StopRequested
+from tuning.safety.interrupts import StopRequested
 from tuning.searching import launching
 from tuning.searching.launching import LOG, Ended, Launched, wait_until_free
 

@@ -9,9 +9,9 @@ import pytest
 import timm
 from plain_stages import plain_stage
 
-from tuning.command_line import parse_command
+from tuning.cli.command_line import parse_command
 from tuning.errors import UserError
-from tuning.lr_auto import as_found, before_search, must_search, searching_stages
+from tuning.lr_search.auto import as_found, before_search, must_search, searching_stages
 from tuning.plan import StagePlan, make_plan
 from tuning.progress import Progress
 from tuning.stages import Stage

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tuning import lr_curve
 from tuning.lr_curve import Curve, band, smoothed, smoothing, suggest
-from tuning.lr_ranges import clamped, kind_of
+from tuning.lr_search.ranges import clamped, kind_of
 
 RULES = ("valley", "steep", "slide", "minimum")
 # fastai 2.8.12, fastai/callback/schedule.py, on float64 tensors of `curve(kind, n)`.

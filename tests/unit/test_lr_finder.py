@@ -27,13 +27,13 @@ from tuning.entering import Entered, enter_stage
 from tuning.errors import UserError
 from tuning.flags import FinderFlags
 from tuning.losses import Loss, cross_entropy
-from tuning.lr_auto import is_transformer
 from tuning.lr_curve import smoothed, smoothing
-from tuning.lr_finder import Found, chosen_stage, find, search_for
-from tuning.lr_race import Candidate, winner
-from tuning.lr_report import draw, facts, race_table, table
-from tuning.lr_trials import Judged, Search, Sweep, Trials, race, sweep
-from tuning.no_trace import leaving_no_trace
+from tuning.lr_search.auto import is_transformer
+from tuning.lr_search.finder import Found, chosen_stage, find, search_for
+from tuning.lr_search.no_trace import leaving_no_trace
+from tuning.lr_search.race import Candidate, winner
+from tuning.lr_search.report import draw, facts, race_table, table
+from tuning.lr_search.trials import Judged, Search, Sweep, Trials, race, sweep
 from tuning.plan import StagePlan, make_plan
 from tuning.progress import Progress
 from tuning.stages import Stage
@@ -318,8 +318,8 @@ def test_without_an_answer_nothing_is_chosen(tmp_path: Path) -> None:
 
 
 def test_what_is_found_is_brought_into_the_known_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tuning import lr_finder
     from tuning.lr_curve import Band
+    from tuning.lr_search import finder as lr_finder
 
     monkeypatch.setattr(lr_finder, "band", lambda curves: Band(5.0, 5.0, 5.0, "", ()))
     found, written = searched(stage(), SEARCH)

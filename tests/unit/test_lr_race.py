@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuning.lr_race import MOST, Candidate, affordable, next_rung, rung_lr, winner
+from tuning.lr_search.race import MOST, Candidate, affordable, next_rung, rung_lr, winner
 
 
 def raced(loss_at: dict[int, float], low: float = 1e-9, high: float = 1e9, centre: float = 1e-3) -> list[int]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, top_k_accuracy_score
 
-from tuning.metrics import classification_metrics, rank_classes
+from tuning.judging.metrics import classification_metrics, rank_classes
 
 
 def drawn(images: int, classes: int, seed: int, absent: tuple[int, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:

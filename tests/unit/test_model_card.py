@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from tuning import licences, model_card
-from tuning.card_metrics import judged_metrics
 from tuning.errors import UserError
-from tuning.model_card import Described, card, card_of_run, timm_usage
-from tuning.models import ModelInfo
-from tuning.run_folder import RunFolder
+from tuning.models import licences, model_card
+from tuning.models.build import ModelInfo
+from tuning.models.card_metrics import judged_metrics
+from tuning.models.model_card import Described, card, card_of_run, timm_usage
+from tuning.tracking.run_folder import RunFolder
 
 CLASSES = ("cat", "dog|wolf", "<b>emu</b>")
 INFO = ModelInfo("resnet18", "resnet18", "", 64, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), "bicubic", 0.9)

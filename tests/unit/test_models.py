@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tuning import packaged_weights, weights
 from tuning.errors import UserError
-from tuning.models import build, check_image_size, save_timm_folder
+from tuning.models import packaged_weights, weights
+from tuning.models.build import build, check_image_size, save_timm_folder
 
 CLASSES = ["apple", "bärlauch", "cherry"]
 

@@ -14,14 +14,14 @@ from parquet_files import write_shards
 from pictures import encode, noise
 from torch import Tensor, nn
 
-from tuning import norm_statistics
+from tuning.averaging import norm_statistics
+from tuning.averaging.norm_statistics import NormStatistics
 from tuning.data.local_order import train_order
 from tuning.data.sampling import SameBatches
 from tuning.data.sources import Data, open_data
 from tuning.data.transforms import Crop, Normalise
 from tuning.flags import DataFlags
-from tuning.models import ModelInfo
-from tuning.norm_statistics import NormStatistics
+from tuning.models.build import ModelInfo
 from tuning.sizes import BatchPlan
 
 IMAGES, SIZE = 23, 32

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from timm.optim._optim_factory import list_optimizers
 
-from tuning.command_line import Command, parse_command
+from tuning.cli.command_line import Command, parse_command
+from tuning.cli.optimizer_defaults import OWN, UNDECAYED, defaults_of
 from tuning.errors import UserError
-from tuning.optimizer_defaults import OWN, UNDECAYED, defaults_of
 from tuning.optimizers import check_optimizer
 
 ROOT = Path(__file__).parents[2]

@@ -25,12 +25,12 @@ from tuning.data.transforms import Crop, Normalise
 from tuning.engine import Step, train_steps
 from tuning.entering import Entered, enter_stage
 from tuning.errors import UserError
-from tuning.evaluation import evaluate
+from tuning.judging.evaluation import evaluate
 from tuning.losses import cross_entropy
-from tuning.out_of_memory import InParts, is_out_of_memory
 from tuning.plan import at_micro_batch, make_plan
 from tuning.preflight.memory import fitting_micro_batch
 from tuning.progress import Progress
+from tuning.safety.out_of_memory import InParts, is_out_of_memory
 from tuning.sizes import BatchPlan
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tuning import packaged_weights
 from tuning.errors import UserError
+from tuning.models import packaged_weights
 
 # (repeats, stride, expansion) of the seven stages; EfficientNet-Lite keeps the first and the last stage at one repeat.
 STAGES = {0: (1, 2, 2, 3, 3, 4, 1), 1: (1, 3, 3, 4, 4, 5, 1), 2: (1, 3, 3, 4, 4, 5, 1)}

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_stages import plain_stage
 
-from tuning.command_line import Command, parse_command
+from tuning.cli.command_line import Command, parse_command
 from tuning.errors import UserError
 from tuning.patience import count, curves_of, next_stage
 from tuning.progress import Progress

@@ -9,7 +9,7 @@ import pytest
 from pictures import write_classes
 
 from tuning.errors import UserError
-from tuning.picture_files import picture_files
+from tuning.judging.picture_files import picture_files
 
 
 @pytest.fixture

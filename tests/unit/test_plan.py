@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from tuning.command_line import resolve_stages
+from tuning.cli.command_line import resolve_stages
 from tuning.errors import UserError
 from tuning.flags import Flags
 from tuning.plan import StagePlan, make_plan

@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from tuning.cli.outputs import refuse_used_file, refuse_used_folder
 from tuning.errors import UserError
-from tuning.outputs import refuse_used_file, refuse_used_folder
-from tuning.prediction_files import KINDS, PredictionFile, columns
+from tuning.judging.prediction_files import KINDS, PredictionFile, columns
 
 ROWS = [
     {"id": 'a, "b"\nc.png', "predicted": "Katze", "probability": 0.25, "error": None},

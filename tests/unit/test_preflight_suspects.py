@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from pictures import encode, noise
 from PIL import Image as Pil
 
-from tuning.command_line import resolve_stages
+from tuning.cli.command_line import resolve_stages
 from tuning.data.sources import Data, open_data
 from tuning.flags import Flags, RegularisationFlags
 from tuning.preflight.findings import Finding, in_order

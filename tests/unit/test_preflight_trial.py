@@ -15,15 +15,15 @@ from pictures import noise
 from torch import nn
 
 from tuning import entering, session
+from tuning.cli.command_line import parse_command
 from tuning.clipping import clipping
-from tuning.command_line import parse_command
 from tuning.data.sources import Data, open_data
 from tuning.entering import Entered, enter_stage
 from tuning.feeds import stage_feeds
-from tuning.gradients import GradientWatch
 from tuning.losses import Loss, balanced_weights, binary_cross_entropy, cross_entropy, focal
-from tuning.lr_trials import Search
-from tuning.models import ModelInfo, build
+from tuning.lr_search.trials import Search
+from tuning.models.build import ModelInfo, build
+from tuning.overfit.gradients import GradientWatch
 from tuning.plan import StagePlan, make_plan
 from tuning.preflight import trial, verdict
 from tuning.preflight.findings import Finding
@@ -36,7 +36,7 @@ from tuning.preflight.memory import (
 )
 from tuning.preflight.timing import expected_seconds
 from tuning.preflight.trial import StageTrial, channel_statistics, some_pictures, trial_plan, try_stage
-from tuning.unreadable import UnreadablePictures
+from tuning.safety.unreadable import UnreadablePictures
 
 FLAGS = ("--batch-size", "8", "--weights", "none", "--image-size", "32", "--lr-ratio", "0.1")
 

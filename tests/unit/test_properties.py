@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from tuning import schedules
-from tuning.checkpoint import find, name_of
-from tuning.command_line import resolve_stages
+from tuning.cli.command_line import resolve_stages
 from tuning.data.sampling import EvalOrder, TrainOrder
 from tuning.errors import UserError
 from tuning.flags import Flags
-from tuning.manifest import FORMAT, MANIFEST, OPTIMIZER, WEIGHTS, digest, read, sealed
 from tuning.progress import Progress
+from tuning.safety.checkpoint import find, name_of
+from tuning.safety.manifest import FORMAT, MANIFEST, OPTIMIZER, WEIGHTS, digest, read, sealed
 from tuning.sizes import BatchPlan, plan_batch
 from tuning.stage_checks import check_stage
 from tuning.stage_lists import standard_stages

@@ -10,10 +10,10 @@ import huggingface_hub
 import pytest
 import wandb
 
-from tuning import track
 from tuning.errors import UserError
 from tuning.exporting import publishing
 from tuning.exporting.publishing import artifact_name, check_login, check_repository, push, tracker_run, upload_lines
+from tuning.tracking import track
 
 REAL = huggingface_hub.HfApi
 

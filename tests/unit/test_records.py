@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tuning.records import RecordFile, keep_until, number, order, read_records
+from tuning.tracking.records import RecordFile, keep_until, number, order, read_records
 
 ODD_LINES = [
     b"\xff\xfe\x00garbage",

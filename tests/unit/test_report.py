@@ -18,9 +18,9 @@ from tuning.analysis.charts import charts
 from tuning.analysis.overview import CASES, CLASSES_DRAWN, CURVE_POINTS, CURVES_DRAWN, PAIRS, Overview, look_at
 from tuning.data.sources import Data
 from tuning.data.tables import picture_dataset
-from tuning.pages import LARGEST_PICTURE, plot_tag
-from tuning.run_folder import RunFolder
-from tuning.summary import make_summary
+from tuning.tracking.pages import LARGEST_PICTURE, plot_tag
+from tuning.tracking.run_folder import RunFolder
+from tuning.tracking.summary import make_summary
 
 NASTY = ("<script>alert(1)</script>", "a & b", 'it\'s "quoted"', "$x_1$ {{ 7*7 }} {% raw %}", "名前" * 60)
 TOLD = report.Told(

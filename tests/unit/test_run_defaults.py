@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tuning.command_line import Command, parse_command
+from tuning.cli.command_line import Command, parse_command
+from tuning.cli.run_defaults import run_of
 from tuning.errors import UserError
-from tuning.run_defaults import run_of
 
 PRESETS = Path(__file__).parents[2] / "recipes" / "presets"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tuning.command_line import NOT_IN_CONFIG, dump
+from tuning.cli.command_line import NOT_IN_CONFIG, dump
 from tuning.errors import UserError
 from tuning.flags import Flags
-from tuning.run_folder import MAY_CHANGE, RunFolder, choose, refuse_other_run, settled_hash, write_atomically
+from tuning.tracking.run_folder import MAY_CHANGE, RunFolder, choose, refuse_other_run, settled_hash, write_atomically
 
 CONFIG = "lr: 0.001\nepochs: 3\nworkers: 2\n"
 

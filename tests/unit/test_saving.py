@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from plain_stages import plain_stage
 from torch import nn
 
-from tuning import checkpoint, saving
-from tuning.checkpoint import find, forget_after, load
 from tuning.entering import Entered, enter_stage
 from tuning.errors import UserError
-from tuning.manifest import digest, read, sealed
 from tuning.plan import make_plan
 from tuning.progress import Progress
-from tuning.saving import Saver
+from tuning.safety import checkpoint, saving
+from tuning.safety.checkpoint import find, forget_after, load
+from tuning.safety.manifest import digest, read, sealed
+from tuning.safety.saving import Saver
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

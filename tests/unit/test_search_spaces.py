@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tuning.command_line import parse_command
+from tuning.cli.command_line import parse_command
 from tuning.errors import UserError
 from tuning.flags import Flags
 from tuning.searching.commands import Trials, as_flags, check_edges, edges, launcher_words, whose

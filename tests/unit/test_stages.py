@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuning import schedules
-from tuning.command_line import parse_command, resolve_stages
+from tuning.cli.command_line import parse_command, resolve_stages
 from tuning.errors import UserError
 from tuning.flags import Flags, RegularisationFlags, StageFlags
 from tuning.stage_checks import check_stage

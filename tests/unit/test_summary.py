@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tuning import summary
-from tuning.run_folder import RunFolder
-from tuning.summary import PACKAGES, better, evaluations, failure_noted, make_summary
+from tuning.tracking import summary
+from tuning.tracking.run_folder import RunFolder
+from tuning.tracking.summary import PACKAGES, better, evaluations, failure_noted, make_summary
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,12 @@ import timm
 import torch
 from pictures import write_classes
 
-from tuning.command_line import parse_command
+from tuning.cli.command_line import parse_command
 from tuning.data.sources import open_data
 from tuning.depth import head_names
 from tuning.errors import UserError
-from tuning.overfitting import Learning, choose_stage, silence, small_plan, verdict, verdict_lines
-from tuning.replay import Replay, read_replay
-from tuning.suspects import (
+from tuning.overfit.overfitting import Learning, choose_stage, silence, small_plan, verdict, verdict_lines
+from tuning.overfit.suspects import (
     Picture,
     Suspect,
     of_first_loss,
@@ -30,6 +29,7 @@ from tuning.suspects import (
     of_outputs,
     of_pictures,
 )
+from tuning.safety.replay import Replay, read_replay
 
 PRESETS = Path(__file__).parents[2] / "recipes" / "presets"
 HEALTHY = [Picture(n, f"p{n}.jpg", n % 3, f"digest{n}", (0.1 * n,) * 3, (1.0 + 0.1 * n,) * 3, True) for n in range(6)]
@@ -230,7 +230,7 @@ def test_a_silenced_model_draws_nothing(name: str) -> None:
 
 def plan(images: int, world_size: int, *flags: str) -> Any:
     command = parse_command(["--data", "photos", "--weights", "none", *flags], "test", "", PRESETS)
-    from tuning.models import build
+    from tuning.models.build import build
 
     model, info = build("test_vit", classes=3, weights="none", image_size=32)
     micro = command.flags.batch.micro_batch

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tuning.tracker_history import history, offline_records
+from tuning.tracking.tracker_history import history, offline_records
 
 SCRIPT = """
 import os, signal, wandb

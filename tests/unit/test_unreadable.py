@@ -16,8 +16,8 @@ from tuning.data.sampling import EvalOrder, TrainOrder
 from tuning.data.sources import Data, open_data
 from tuning.data.transforms import Crop, Normalise
 from tuning.errors import UserError
+from tuning.safety.unreadable import UnreadablePictures
 from tuning.sizes import BatchPlan
-from tuning.unreadable import UnreadablePictures
 
 CROP, NORMALISE = Crop(8, "bilinear", 1.0), Normalise((0.5,) * 3, (0.5,) * 3)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tuning.views import Views, averaged, views
+from tuning.judging.views import Views, averaged, views
 
 BY_HAND = {
     "none": [lambda a: a],

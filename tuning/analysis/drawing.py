@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from tuning import figures
 from tuning.analysis.overview import Case, Overview
+from tuning.tracking import figures
 
 LONGEST_NAME = 24  # characters of a class on an axis
 ANNOTATED = 16  # classes up to which the cells hold their counts

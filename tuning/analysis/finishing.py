@@ -12,13 +12,13 @@ from accelerate import Accelerator
 
 from tuning.analysis import drawing, report
 from tuning.analysis.last_look import LastLook
-from tuning.command_line import Command
-from tuning.console import STAGE_HEADINGS, plan_facts, stage_rows
+from tuning.cli.command_line import Command
 from tuning.data.sources import Data
-from tuning.models import ModelInfo
+from tuning.models.build import ModelInfo
 from tuning.plan import StagePlan
-from tuning.run_folder import RunFolder
 from tuning.session import precision_name
+from tuning.tracking.console import STAGE_HEADINGS, plan_facts, stage_rows
+from tuning.tracking.run_folder import RunFolder
 
 
 def write_report(

@@ -20,14 +20,14 @@ from tuning.data.broken import Unreadable
 from tuning.data.sources import Data
 from tuning.feeds import judging_feed
 from tuning.flags import EvaluateFlags
-from tuning.interrupts import StopRequested
-from tuning.judgement import finite, judge
-from tuning.kept_predictions import write
-from tuning.model_names import LOCAL, look_up
-from tuning.models import ModelInfo
-from tuning.predicting import Predictions, in_order, stream
-from tuning.run_folder import RunFolder
+from tuning.judging.judgement import finite, judge
+from tuning.judging.kept_predictions import write
+from tuning.judging.predicting import Predictions, in_order, stream
+from tuning.models.build import ModelInfo
+from tuning.models.names import LOCAL, look_up
+from tuning.safety.interrupts import StopRequested
 from tuning.sharding import load_whole, own, split_like
+from tuning.tracking.run_folder import RunFolder
 
 BATCHES = 4  # of every process between two exchanges, at which a wish to stop is heard
 Watch = Callable[[Iterable[Predictions], str], Iterator[Predictions]]

@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import binary_average_precision, bin
 from tuning.analysis import mistakes
 from tuning.analysis.mistakes import Indices, Pair, PerClass, Probabilities
 from tuning.data.sources import Data
-from tuning.pages import thumbnail
+from tuning.tracking.pages import thumbnail
 
 PAIRS, CASES = 20, 24  # shown of confused pairs, of worst mistakes and of likely label errors
 CLASSES_DRAWN, CURVES_DRAWN = 24, 8

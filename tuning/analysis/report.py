@@ -13,10 +13,10 @@ from typing import Any
 from tuning.analysis.card import CLASS_ROWS, class_rows, data_facts
 from tuning.analysis.overview import Case, Overview
 from tuning.data.sources import Data
-from tuning.pages import image_tag, plot_tag, render
-from tuning.records import number, read_records
-from tuning.run_folder import CONFIG, RunFolder, write_atomically
-from tuning.summary import evaluations
+from tuning.tracking.pages import image_tag, plot_tag, render
+from tuning.tracking.records import number, read_records
+from tuning.tracking.run_folder import CONFIG, RunFolder, write_atomically
+from tuning.tracking.summary import evaluations
 
 EVALUATION_ROWS, NAME_LENGTH, CAPTION_LENGTH, CONFIG_LENGTH = 12, 80, 40, 50_000
 PLOTS = {

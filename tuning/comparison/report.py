@@ -13,10 +13,10 @@ from matplotlib import pyplot as plt
 from rich.markup import escape
 from rich.table import Table
 
-from tuning import figures
 from tuning.comparison.paired import LEVEL, RESAMPLES, SEED
 from tuning.comparison.runs import METRICS, Group, Match, judged_alike, rounded
-from tuning.run_folder import write_atomically
+from tuning.tracking import figures
+from tuning.tracking.run_folder import write_atomically
 
 COMPARISON, PICTURE = "comparison.json", "comparison.png"
 WORDS = {"balanced_accuracy": "balanced accuracy", "top1": "top 1", "loss": "loss"}

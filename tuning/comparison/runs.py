@@ -13,13 +13,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tuning import kept_predictions
 from tuning.analysis.mistakes import losses, per_class
-from tuning.coerce import read_yaml, shown
+from tuning.cli.coerce import read_yaml, shown
 from tuning.comparison.paired import Hits, Paired, paired
 from tuning.errors import UserError
-from tuning.kept_predictions import Kept
-from tuning.run_folder import CONFIG, MAY_CHANGE, RunFolder
+from tuning.judging import kept_predictions
+from tuning.judging.kept_predictions import Kept
+from tuning.tracking.run_folder import CONFIG, MAY_CHANGE, RunFolder
 
 METRICS = ("balanced_accuracy", "top1", "loss")
 DATA = "data.parquet"

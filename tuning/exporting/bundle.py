@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tuning.cli.outputs import refuse_used_folder
 from tuning.errors import UserError
 from tuning.exporting import preprocessing
 from tuning.exporting.formats import Format
-from tuning.finished import CALIBRATION, TIMM_CONFIG
-from tuning.models import ModelInfo
-from tuning.outputs import refuse_used_folder
+from tuning.judging.finished import CALIBRATION, TIMM_CONFIG
+from tuning.models.build import ModelInfo
 
 SETTINGS, COMPARISON, LATENCY, EXAMPLE, CARD = (
     *("preprocessing.json", "comparison.json", "latency.json", "example.py", "README.md"),

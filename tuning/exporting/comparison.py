@@ -18,7 +18,7 @@ from tuning.data.transforms import Crop, Normalise
 from tuning.errors import UserError
 from tuning.exporting.formats import Network, inputs_for
 from tuning.exporting.preprocessing import prepare
-from tuning.models import ModelInfo
+from tuning.models.build import ModelInfo
 
 BATCHES = (1, 3, 32)  # images of the first batches; the last one stands for all further ones
 

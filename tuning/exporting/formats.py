@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from tuning.data.transforms import Normalise
 from tuning.errors import UserError
-from tuning.models import ModelInfo, save_timm_folder
-from tuning.weights import first_line
+from tuning.models.build import ModelInfo, save_timm_folder
+from tuning.models.weights import first_line
 
 Format = Literal["timm", "onnx", "exported-program"]
 InputType = Literal["uint8", "float"]

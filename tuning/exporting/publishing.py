@@ -10,7 +10,7 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
 from tuning.errors import UserError
-from tuning.weights import first_line
+from tuning.models.weights import first_line
 
 _TRACKER_RUN = re.compile(r"(offline-)?run-\d{8}_\d{6}-(?P<id>[\w-]+)")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Optional
 
-from tuning.coerce import NO_NUMBERS
+from tuning.cli.coerce import NO_NUMBERS
 from tuning.flags.names import InitName, Sizes
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from tuning.coerce import WholeNumbers
+from tuning.cli.coerce import WholeNumbers
 
 ScheduleName = Literal["sgdr", "cosine", "one-cycle", "step", "triangular", "constant", "plateau"]
 InitName = Literal["default", "kaiming", "xavier", "orthogonal", "zero"]

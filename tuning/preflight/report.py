@@ -12,9 +12,9 @@ from rich.table import Table
 
 from tuning.data.sources import Data
 from tuning.errors import UserError
-from tuning.pages import image_tag, render, thumbnail
 from tuning.preflight.findings import KINDS, SEVERITIES, Finding, count
-from tuning.run_folder import write_atomically
+from tuning.tracking.pages import image_tag, render, thumbnail
+from tuning.tracking.run_folder import write_atomically
 
 FINDINGS, FACTS, PAGE = "findings.json", "check.json", "check.html"
 NAMED = 3  # of a kind on the console

@@ -12,11 +12,11 @@ from torch import nn
 
 from tuning.data.sources import Data
 from tuning.data.tables import take
-from tuning.evaluation import evaluate
 from tuning.feeds import JUDGED, plain_feed
-from tuning.lr_race import USUAL
-from tuning.lr_trials import Search
-from tuning.models import ModelInfo
+from tuning.judging.evaluation import evaluate
+from tuning.lr_search.race import USUAL
+from tuning.lr_search.trials import Search
+from tuning.models.build import ModelInfo
 from tuning.plan import StagePlan
 from tuning.preflight.trial import StageTrial
 

@@ -19,10 +19,10 @@ from tuning.data.tables import label_array, spread, take
 from tuning.engine import train_steps
 from tuning.entering import Entered
 from tuning.feeds import plain_feed
-from tuning.gradients import GradientWatch
 from tuning.groups import Group, set_lr
 from tuning.losses import Loss
-from tuning.models import ModelInfo
+from tuning.models.build import ModelInfo
+from tuning.overfit.gradients import GradientWatch
 from tuning.plan import StagePlan
 from tuning.progress import Progress
 from tuning.sizes import BatchPlan

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuning.command_line import Command, parse_command
+from tuning.cli.command_line import Command, parse_command
 from tuning.errors import UserError
 from tuning.searching.spaces import ARGS, Space
-from tuning.summary import contenders
+from tuning.tracking.summary import contenders
 
 RECIPE = "recipes/finetune.py"
 LAUNCH = ("accelerate", "launch")

@@ -18,15 +18,15 @@ from typing import Any
 
 import psutil
 
+from tuning.cli.launcher import PR_SET_PDEATHSIG
 from tuning.errors import UserError
-from tuning.interrupts import StopRequested
-from tuning.launcher import PR_SET_PDEATHSIG
-from tuning.run_folder import RunFolder
-from tuning.summary import evaluations, is_done
+from tuning.safety.interrupts import StopRequested
+from tuning.tracking.run_folder import RunFolder
+from tuning.tracking.summary import evaluations, is_done
 
 LOG = "output.log"
 LOOK_SECONDS, LOOK_SHARE = 1.0, 20  # a look at the metrics, and 20 times as long as it took until the next
-ERROR = "error: "  # begins the message of a mistake of the user's: tuning.command_line
+ERROR = "error: "  # begins the message of a mistake of the user's: tuning.cli.command_line
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Launched:
     """A running trial, in a session of its own, so that Ctrl-C reaches it through us alone.
 
     Its output goes to ``output.log`` in its folder, which is locked as long as any of its processes lives. When we are
-    killed, the kernel ends its launcher (Linux) and the run saves and stops, as `tuning.launcher` has it.
+    killed, the kernel ends its launcher (Linux) and the run saves and stops, as `tuning.cli.launcher` has it.
 
     Args:
         folder: of the run.

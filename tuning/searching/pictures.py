@@ -12,7 +12,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import TrialState
 from optuna.visualization import matplotlib as drawing
 
-from tuning.figures import save
+from tuning.tracking.figures import save
 
 FEWEST = 4  # finished trials below which importances mean nothing
 

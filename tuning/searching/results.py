@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from tuning.errors import UserError
-from tuning.run_folder import CONFIG, write_atomically
 from tuning.searching.launching import Ended
 from tuning.searching.spaces import Space
 from tuning.searching.studies import Outcome
+from tuning.tracking.run_folder import CONFIG, write_atomically
 
 BEST, TRIALS, CSV = "best.yaml", "trials", "trials.csv"
 MOST_FAILURES = 3

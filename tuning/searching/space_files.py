@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tuning.coerce import as_key, named_file, read_yaml, shown
-from tuning.command_line import NOT_IN_CONFIG
+from tuning.cli.coerce import as_key, named_file, read_yaml, shown
+from tuning.cli.command_line import NOT_IN_CONFIG
 from tuning.errors import UserError, did_you_mean
 from tuning.flags import Flags
 from tuning.searching.spaces import ARGS, DEFAULT_COMMAND, Choice, Parameter, Range, Space, Stopper
-from tuning.summary import HIGHER_IS_BETTER
+from tuning.tracking.summary import HIGHER_IS_BETTER
 
 KEYS = ("program", "method", "metric", "parameters", "early_terminate", "command", "run_cap")
 FOR_WANDB = ("name", "description", "project", "entity")  # which the local search has no use for

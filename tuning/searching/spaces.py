@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tuning.coerce import as_key
+from tuning.cli.coerce import as_key
 from tuning.errors import UserError
 
 ARGS = ("${args}", "${args_no_boolean_flags}")

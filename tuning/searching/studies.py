@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from tuning.errors import UserError
 from tuning.searching.launching import Ended
 from tuning.searching.spaces import Choice, Parameter, Space
-from tuning.summary import HIGHER_IS_BETTER
+from tuning.tracking.summary import HIGHER_IS_BETTER
 
 DATABASE, NAME = "study.db", "sweep"
 SPACE, FOLDER, REASON, SECONDS = "space", "folder", "reason", "seconds"  # of study and trials, in the database

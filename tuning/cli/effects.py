@@ -1,0 +1,194 @@
+"""Flags that were typed and would have no effect, refused with the reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tuning.cli.checks import flat
+from tuning.cli.coerce import as_key
+from tuning.cli.run_defaults import OPENING
+from tuning.errors import UserError
+from tuning.flags import Flags
+from tuning.stages import Stage
+
+ONLY_WITHOUT_STAGES = ("freeze_epochs", "freeze_lr", "cache_features", "epochs", "unfreeze")
+NEEDS = {  # flag: what another flag must be for it to have an effect
+    "cycle_epochs": ("schedule", ("sgdr", "triangular")),
+    "cycle_mult": ("schedule", ("sgdr",)),
+    "cycle_decay": ("schedule", ("sgdr",)),
+    "step_epochs": ("schedule", ("step",)),
+    "step_gamma": ("schedule", ("step", "plateau")),
+    "plateau_patience": ("schedule", ("plateau",)),
+    "lr_floor": ("schedule", ("cosine", "sgdr", "triangular", "plateau")),
+    "lr_batch": ("lr_scaling", ("linear", "sqrt")),
+    "focal_gamma": ("loss", ("focal",)),
+    "color": ("augment", ("medium", "strong")),
+}
+GROUPS_OF_RECIPES = {
+    "overfit": ("recipes/overfit.py",),
+    "check": ("recipes/check.py",),
+    "finder": ("recipes/find_lr.py",),
+    "opened": OPENING,
+    "evaluate": ("recipes/evaluate.py",),
+    "predict": ("recipes/predict.py",),
+    "export": ("recipes/export.py",),
+    "sweep": ("recipes/sweep.py",),
+}
+_ANY_RUN = ("output", "precision", "threads", "timeout", "preset", "config", "print_config")
+_MODEL = ("run", "model", "weights", "image_size", "crop_pct", "micro_batch", "workers")
+USED = {  # flags that recipes know which train nothing; all others are refused when they are typed
+    "recipes/evaluate.py": (
+        *(*_ANY_RUN, *_MODEL, "calibrate", "tta", "ensemble", "bootstrap"),
+        *("data", "image_column", "label_column", "train_split", "eval_split", "limit_eval", "streaming"),
+    ),
+    "recipes/predict.py": (*_ANY_RUN, *_MODEL, "images", "top_k"),
+    "recipes/export.py": (
+        *("run", "output", "threads", "dry_run", "preset", "config", "print_config"),
+        *("format", "export_input", "tolerance", "check_images", "latency_repeats", "license", "metrics"),
+        *("push", "push_wandb"),
+        *("data", "image_column", "label_column", "train_split", "eval_split", "limit_eval", "streaming"),
+    ),
+}
+ONLY_WITHIN_A_RUN = ("finder_at", "finder_share")  # of the finder flags
+
+
+def refuse_without_effect(
+    flags: Flags, default: Flags, stages: Sequence[Stage], listed: list[Any] | None, where: str, recipe: str
+) -> None:
+    """Refuse a flag that was typed for nothing, rather than ignore it."""
+    values, before = flat(flags), flat(default)
+    typed = [key for key in values if values[key] != before[key]]
+    _refuse_of_others(flags, values, typed, stages, recipe)
+    if recipe in OPENING:
+        _check_opening(flags, typed, recipe)
+    _refuse_listed(values, typed, listed, where)
+    _refuse_idle(flags, values, typed, stages)
+
+
+def _refuse_of_others(
+    flags: Flags, values: Mapping[str, Any], typed: Sequence[str], stages: Sequence[Stage], recipe: str
+) -> None:
+    """Flags that belong to another recipe."""
+    for key in typed:
+        if key not in USED.get(recipe, (key,)):
+            flag = key.replace("_", "-")
+            raise UserError(f"--{flag} {_said(values[key])} has no effect in {recipe}, which trains nothing. Drop it.")
+        owners = _owners(flags, key, recipe, stages)
+        if recipe.startswith("recipes/") and recipe not in owners:
+            flag, owner = key.replace("_", "-"), " and ".join(owners)
+            raise UserError(f"--{flag} {_said(values[key])} is for {owner} and has no effect in {recipe}. Drop it.")
+
+
+def _refuse_listed(values: Mapping[str, Any], typed: Sequence[str], listed: list[Any] | None, where: str) -> None:
+    """Flags that the stages of a file set themselves."""
+    if listed is not None:
+        own = {as_key(key) for stage in listed for key in stage} | set(ONLY_WITHOUT_STAGES)
+        for key in typed:
+            if key in own:
+                flag = key.replace("_", "-")
+                raise UserError(
+                    f"--{flag} {values[key]}: the stages listed in {where} set that themselves. Copy the file, edit "
+                    "its stages and give it as --preset."
+                )
+
+
+def _refuse_idle(flags: Flags, values: Mapping[str, Any], typed: Sequence[str], stages: Sequence[Stage]) -> None:
+    """Flags that do nothing as the others are."""
+    for key, (switch, allowed) in NEEDS.items():
+        chosen = sorted({str(getattr(stage, switch, values[switch])) for stage in stages})
+        if key in typed and not set(chosen) & set(allowed):
+            flag, other = key.replace("_", "-"), switch.replace("_", "-")
+            raise UserError(
+                f"--{flag} {values[key]} has no effect with --{other} {' and '.join(chosen)}. Drop it, or choose "
+                f"--{other} {' or '.join(allowed)}."
+            )
+    if "shuffle_gb" in typed and not flags.data.streaming:
+        raise UserError(f"--shuffle-gb {values['shuffle_gb']:g} has no effect without --streaming. Drop it.")
+    still = all(stage.batch_norm == "frozen" for stage in stages)
+    if "batch_norm_images" in typed and still:
+        raise UserError(
+            f"--batch-norm-images {values['batch_norm_images']} has no effect with --batch-norm frozen, which keeps "
+            "the statistics of the weights. Drop it, or choose --batch-norm train or sync."
+        )
+    if values["snapshots"] and not any(stage.schedule == "sgdr" for stage in stages):
+        raise UserError("--snapshots keeps the ends of sgdr cycles; add --schedule sgdr with --cycle-epochs.")
+    if values["patience"] is not None and not any(stage.may_end_early for stage in stages):
+        raise UserError(
+            f"--patience {values['patience']} has no effect: no stage that is evaluated after every epoch has more "
+            f"than {values['patience'] + 1}. Lower it, raise --epochs, or drop it."
+        )
+    if any(map(values.get, ("train_sizes", "multi_scale"))) and all(stage.cache_features for stage in stages):
+        key = "train-sizes" if values["train_sizes"] else "multi-scale"
+        raise UserError(
+            f"--{key} {_said(values[key.replace('-', '_')])} draws sizes of pictures, but every stage trains on cached "
+            "features. Drop it, or --cache-features."
+        )
+    for key in ("mixup", "cutmix"):
+        if values[key] and all(stage.cache_features for stage in stages):
+            raise UserError(
+                f"--{key} {values[key]} mixes pictures, but every stage trains on cached features. Drop it, or "
+                "--cache-features."
+            )
+
+    if values["random_erasing"] and all(stage.cache_features for stage in stages):
+        raise UserError(
+            f"--random-erasing {values['random_erasing']} erases parts of pictures, but every stage trains on cached "
+            "features. Drop it, or --cache-features."
+        )
+
+
+def refuse_sampling(stage: Stage, flags: Flags) -> None:
+    """Refuse to correct for the numbers of images twice, or to draw at will from what is read in blocks.
+
+    Raises:
+        UserError: names the stage and the remedy.
+    """
+    asked = f"stage {stage.name!r}: --sampling {stage.sampling}"
+    if stage.sampling != "shuffle" and flags.regularisation.class_weights != "none":
+        raise UserError(
+            f"{asked} shows rare classes more often, and --class-weights {flags.regularisation.class_weights} counts "
+            "them more in the loss: together they would count twice. Leave one of the two out."
+        )
+    if stage.sampling != "shuffle" and flags.data.streaming:
+        raise UserError(
+            f"{asked} takes single images from anywhere in the data, while --streaming reads whole row groups, each "
+            "once an epoch. Use --class-weights balanced, or leave --streaming out."
+        )
+
+
+def _said(value: Any) -> str:
+    """A value as it was typed."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _check_opening(flags: Flags, typed: Sequence[str], recipe: str) -> None:
+    """What recipes that open something trained refuse; ``--print-config`` needs nothing to open."""
+    opened, evaluate = flags.opened.run, flags.evaluate
+    for key in ("model", "weights"):
+        if opened is not None and key in typed:
+            raise UserError(f"--{key} {getattr(flags.model, key)}: --run {opened} is the model. Give one of the two.")
+    if opened is None and (evaluate.ensemble or evaluate.calibrate):
+        flag = "--ensemble" if evaluate.ensemble else "--calibrate"
+        raise UserError(f"{flag} needs --run, a run or a timm folder.")
+    if evaluate.calibrate and (evaluate.ensemble or evaluate.tta != "none"):
+        flag = "--ensemble" if evaluate.ensemble else f"--tta {evaluate.tta}"
+        raise UserError(f"--calibrate stores a temperature for one model as it is; leave {flag} out.")
+    members = [os.path.realpath(path) for path in (opened, *evaluate.ensemble) if path]
+    if len({*members}) < len(members):
+        raise UserError("--ensemble: the same model twice is no ensemble. Name each once.")
+    nothing = opened is None and flags.model == Flags().model and flags.data == Flags().data
+    if recipe == "recipes/evaluate.py" and nothing and not flags.run.print_config:
+        raise UserError("Give what is to be judged: --run R, or --model (with --weights) and --data.")
+
+
+def _owners(flags: Flags, key: str, recipe: str, stages: Sequence[Stage]) -> tuple[str, ...]:
+    """The recipes that a flag is for; *recipe* itself if it is for all."""
+    searches = any(stage.find_lr for stage in stages) and recipe in ("recipes/finetune.py", "recipes/sweep.py")
+    if key in ONLY_WITHIN_A_RUN:
+        return (recipe if searches else "--lr auto of recipes/finetune.py",)
+    if searches and key in vars(flags.finder) and key != "stage":
+        return (recipe,)
+    own = (owners for group, owners in GROUPS_OF_RECIPES.items() if key in vars(getattr(flags, group)))
+    return next(own, (recipe,))
