@@ -18,6 +18,7 @@ from tuning.evaluation import evaluate
 from tuning.feeds import stage_feeds
 from tuning.models import build
 from tuning.plan import make_plan
+from tuning.precision import cast_weights, level_of
 from tuning.preparing import objective
 from tuning.progress import Progress
 from tuning.sharding import shard, whole
@@ -61,6 +62,7 @@ def run_stages(*argv: str, threads: int = 1) -> StageRun:
         image_size=flags.model.image_size,
         seed=flags.run.seed,
     )
+    cast_weights(model, level_of(accelerator))
     plan = make_plan(
         command.stages,
         model,

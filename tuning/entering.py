@@ -16,6 +16,7 @@ from tuning.depth import closed_eval, freeze_batch_norm, open_names, set_open
 from tuning.groups import param_groups, set_peak_lrs
 from tuning.optimizers import create_optimizer, start_momentum
 from tuning.plan import StagePlan
+from tuning.precision import level_of, lowered
 from tuning.sharding import is_sharded
 from tuning.stages import Stage
 
@@ -28,7 +29,8 @@ class Entered:
         stage: its description.
         model: the raw model; name and save parameters on this one.
         trained: `model`, or its head alone when the stage trains on cached features.
-        wrapped: what to call in training: autocast and, with several processes, DDP around `trained`.
+        wrapped: what to call in training: autocast or bf16 copies of the weights (`tuning.precision`) and, with
+            several processes, DDP around `trained`.
         optimizer: over all groups of `model`, closed ones included, so that its state keeps its shape.
         factor: optimizer step within the stage -> factor of every group's peak LR.
         statistics: running statistics of norms that this stage moves, ``{name: buffer}``.
@@ -85,7 +87,8 @@ def enter_stage(
         accelerator._optimizers.clear()
         optimizer = accelerator.prepare_optimizer(create_optimizer(stage.optimizer, groups, stage.momentum))
     trained = HeadOnly(model) if stage.cache_features else model
-    wrapped = accelerator.prepare_model(trained, evaluation_mode=is_sharded(model))
+    called = lowered(trained, level_of(accelerator))
+    wrapped = accelerator.prepare_model(called, evaluation_mode=is_sharded(model))
     factor = stage.factor(planned.steps_per_epoch)
     entered = Entered(stage, model, trained, wrapped, optimizer, factor)
     entered.train_mode()

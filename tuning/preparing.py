@@ -18,6 +18,7 @@ from tuning.losses import Loss, balanced_weights, chosen
 from tuning.lr_auto import before_search
 from tuning.models import ModelInfo, build, check_image_size
 from tuning.plan import StagePlan, make_plan
+from tuning.precision import cast_weights, level_of
 from tuning.sizes import largest_auto_micro_batch
 
 
@@ -41,6 +42,7 @@ def data_and_model(accelerator: Accelerator, flags: Flags) -> tuple[Data, nn.Mod
         crop_pct=flags.model.crop_pct,
         seed=flags.run.seed,
     )
+    model = cast_weights(model, level_of(accelerator))
     # What will be split is never whole on a device.
     return data, model if sharding.asked() else model.to(accelerator.device), info
 

@@ -199,7 +199,7 @@ def _check_patience(stage: Stage) -> None:
     cycle = stage.cycle_epochs
     if stage.schedule == "sgdr" and not (cycle and cycle == int(cycle) and stage.warmup_epochs % 1 == 0):
         raise UserError(
-            f"{said} with --schedule sgdr counts the ends of cycles, and the model is evaluated at ends of epochs: give "
+            f"{said} with --schedule sgdr counts the ends of cycles, and evaluations are at ends of epochs: give "
             f"whole --cycle-epochs (now {cycle}) and --warmup-epochs (now {stage.warmup_epochs:g})."
         )
     if stage.schedule == "plateau" and stage.plateau_patience >= stage.patience:

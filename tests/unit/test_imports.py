@@ -41,7 +41,7 @@ LAYER_0 += ("kept_predictions", "analysis.mistakes", "comparison.paired", "compa
 LAYER_0 += tuple(
     f"searching.{name}" for name in ("spaces", "space_files", "commands", "launching", "studies", "results", "starting")
 )
-LAYER_2 = ("agreement", "session", "entering", "engine", "feeds", "features", "evaluation", "checkpoint")
+LAYER_2 = ("agreement", "precision", "session", "entering", "engine", "feeds", "features", "evaluation", "checkpoint")
 LAYER_2 += ("track", "console", "head_fit", "saving", "stopping", "numerical_faults", "tracker_history")
 LAYER_2 += ("out_of_memory", "sharding")
 LAYER_2 += ("unreadable", "data_check", "resuming", "preparing", "overfitting", "lr_finder", "lr_report")
