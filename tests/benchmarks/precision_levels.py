@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.precision_levels --seeds 0 1 2
 
-Handwritten digits (scikit-learn, 1,797 of 8x8: 512 to train on, the rest to judge by), a small ViT from random weights, AdamW under a
-cosine, batches of 32. Everything else is the same for all levels.
+Handwritten digits (scikit-learn, 1,797 of 8x8: 512 to train on, the rest to judge by), a small ViT from random weights,
+AdamW under a cosine, batches of 32. Everything else is the same for all levels.
 """
 
 from __future__ import annotations
