@@ -110,7 +110,7 @@ def check(command: Command) -> None:
             fitted = flags.model.head_init == "fitted"
             steps, finder = sum(planned.steps for planned in plan), flags.finder
             searching = searching_stages(plan, finder.finder_at)
-            searches = {number: search_for(plan[number].stage, finder, steps) for number in searching}
+            searches = {number: search_for(plan[number], finder, steps) for number in searching}
             measured |= expected_seconds(plan, trials, data, judging, fitted, run.max_steps, searches)
             findings += verdict.trial_findings(trials, accelerator.num_processes, fitted)
     except (UserError, torch.OutOfMemoryError) as error:

@@ -28,9 +28,10 @@ def find_lr(command: Command) -> None:
     from tuning.head_fit import fit_head
     from tuning.lr_finder import chosen_stage, find, search_for
     from tuning.lr_report import draw, facts, race_table, table
-    from tuning.lr_trials import Trials, trial_losses
+    from tuning.lr_trials import Trials, judge_trial
     from tuning.numerical_faults import NumericalFaults
     from tuning.preparing import data_and_model, objective, plan_stages
+    from tuning.progress import Progress
     from tuning.run_folder import git_commit
     from tuning.sharding import shard
     from tuning.summary import failure_noted, versions
@@ -48,7 +49,7 @@ def find_lr(command: Command) -> None:
     plan = plan_stages(accelerator, command, data, model, info)
     number = chosen_stage(plan, finder.stage)
     planned = plan[number]
-    search = search_for(planned.stage, finder)
+    search = search_for(planned, finder)
     check_tracker(run.tracker)
     start = resuming.locate(accelerator, run, command.config, f"find_lr-{info.name}", data.name, started)
     folder = start.folder
@@ -94,8 +95,11 @@ def find_lr(command: Command) -> None:
 
         # 4. The sweeps and the race, and what they say.
         some = some_evaluation(accelerator, feeds, planned, data, info, run.seed, workers)
-        judged = partial(trial_losses, accelerator, entered, feeds.judged, some, class_weights, iter)
-        trials = Trials(accelerator, entered, feeds.train, loss, clip, run.seed, judged, shown_steps)
+        how = class_weights, len(data.classes), run.best_by, iter
+        judged = partial(judge_trial, accelerator, entered, feeds.judged, some, *how)
+        earlier = plan[:number]
+        at = Progress(epoch=sum(p.stage.epochs for p in earlier), step=sum(p.steps for p in earlier))
+        trials = Trials(accelerator, entered, feeds.train, loss, clip, run.seed, judged, shown_steps, at)
         found = find(trials, search, write)
     speaker.console.print(table(found))
     if found.race:

@@ -39,7 +39,7 @@ def finetune(command: Command) -> None:
     from tuning.lr_auto import as_found, must_search
     from tuning.lr_finder import find, search_for
     from tuning.lr_report import draw
-    from tuning.lr_trials import Trials, trial_losses
+    from tuning.lr_trials import Trials, judge_trial
     from tuning.model_card import card_of_run
     from tuning.models import keep_best
     from tuning.numerical_faults import NumericalFaults
@@ -131,11 +131,12 @@ def finetune(command: Command) -> None:
 
         def find_lr(feeds: StageFeeds, planned: StagePlan) -> None:
             """Search for the learning rate of a stage; only `progress` and the curves keep a trace."""
-            search = search_for(planned.stage, flags.finder, planned_steps)
+            search = search_for(planned, flags.finder, planned_steps)
             watched = partial(boundary.watch, during="the search for a learning rate")
             some = some_evaluation(accelerator, feeds, planned, data, info, run.seed, workers)
-            judged = partial(trial_losses, accelerator, entered, feeds.judged, some, class_weights, watched)
-            trials = Trials(accelerator, entered, feeds.train, loss, clip, run.seed, judged, watched)
+            how = class_weights, classes, run.best_by, watched
+            judged = partial(judge_trial, accelerator, entered, feeds.judged, some, *how)
+            trials = Trials(accelerator, entered, feeds.train, loss, clip, run.seed, judged, watched, at=progress)
             answer = find(trials, search, curves.writer_at(progress))
             progress.searched, progress.lr = progress.stage, answer.lr
             speaker.say_found(planned, answer, planned_steps)

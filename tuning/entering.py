@@ -33,6 +33,7 @@ class Entered:
             several processes, DDP around `trained`.
         optimizer: over all groups of `model`, closed ones included, so that its state keeps its shape.
         factor: optimizer step within the stage -> factor of every group's peak LR.
+        layer_decay: LR factor from one layer to the next lower one.
         statistics: running statistics of norms that this stage moves, ``{name: buffer}``.
     """
 
@@ -42,6 +43,7 @@ class Entered:
     wrapped: nn.Module
     optimizer: AcceleratedOptimizer
     factor: Callable[[int], float]
+    layer_decay: float
     statistics: dict[str, Tensor] = field(default_factory=dict)
 
     def train_mode(self) -> None:
@@ -90,7 +92,7 @@ def enter_stage(
     called = lowered(trained, level_of(accelerator))
     wrapped = accelerator.prepare_model(called, evaluation_mode=is_sharded(model))
     factor = stage.factor(planned.steps_per_epoch)
-    entered = Entered(stage, model, trained, wrapped, optimizer, factor)
+    entered = Entered(stage, model, trained, wrapped, optimizer, factor, decay)
     entered.train_mode()
     entered.statistics = running_statistics(model)
     start_momentum(optimizer.optimizer)

@@ -68,32 +68,35 @@ def evaluate(
     return {**classification_metrics(ranked, labels, losses, classes), "images": len(labels)}
 
 
-def calibrated_losses(
+def evaluate_calibrated(
     accelerator: Accelerator,
     model: nn.Module,
     feed: Iterable[Micro],
     images: int,
+    classes: int,
     class_weights: Tensor | None,
     statistics: Iterable[Tensor] = (),
-) -> Tensor:
-    """Cross-entropy of every image with the logits divided by one temperature, the best for all (Guo et al. 2017).
+) -> tuple[dict[str, float], Tensor]:
+    """The metrics of `evaluate`, and the loss of every image at the best temperature for all (Guo et al. 2017).
 
-    What was learned, without how boldly it is said: at the best temperature a model that tells nothing apart has a loss
-    of ln(classes), however large or small its logits are.
+    That is what was learned, without how boldly it is said: at the best temperature a model that tells nothing apart
+    has a loss of ln(classes), however large or small its logits are.
 
     Args: as for `evaluate`.
 
     Returns:
-        ``(N,)`` float64 on the CPU, the same on every process, in the order of the dataset.
+        the metrics; the losses ``(N,)`` float64 on the CPU in the order of the dataset. The same on every process.
     """
     average_statistics(accelerator, statistics)
-    loss = cross_entropy(class_weights=class_weights)
+    plain, loss = cross_entropy(), cross_entropy(class_weights=class_weights)
 
     def taken(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        return (torch.stack([loss(logits / temperature, labels) for temperature in TEMPERATURES], dim=1),)
+        tempered = torch.stack([loss(logits / temperature, labels) for temperature in TEMPERATURES], dim=1)
+        return rank_classes(logits), labels, plain(logits, labels), tempered
 
-    (losses,) = every_image(accelerator, model, feed, images, taken)
-    return losses[:, losses.double().mean(dim=0).argmin()].double()
+    ranked, labels, losses, tempered = every_image(accelerator, model, feed, images, taken)
+    calibrated = tempered[:, tempered.double().mean(dim=0).argmin()].double()
+    return {**classification_metrics(ranked, labels, losses, classes), "images": len(labels)}, calibrated
 
 
 def every_image(

@@ -15,11 +15,11 @@ from tuning.errors import UserError
 from tuning.flags import FinderFlags
 from tuning.lr_auto import part_of
 from tuning.lr_curve import Band, band
-from tuning.lr_race import Candidate, affordable, winner
+from tuning.lr_race import FEWEST_STEPS, PART, WHOLE, Candidate, affordable, winner
 from tuning.lr_ranges import SWEPT, clamped, kind_of
 from tuning.lr_trials import Search, Sweep, Trials, judged_untrained, race, sweep, uncounted
 from tuning.plan import StagePlan
-from tuning.stages import Stage, stage_number
+from tuning.stages import stage_number
 
 Write = Callable[[Mapping[str, float], int], None]
 
@@ -35,6 +35,7 @@ class Found:
         sweeps: the curves.
         race: the candidates around the answer of the curves, lowest learning rate first; empty without a race.
         seconds: what all took.
+        whole: every candidate trained the stage to its end.
     """
 
     lr: float | None
@@ -43,6 +44,7 @@ class Found:
     sweeps: tuple[Sweep, ...]
     race: tuple[Candidate, ...]
     seconds: float
+    whole: bool = False
 
     @property
     def steps(self) -> int:
@@ -58,7 +60,8 @@ class Found:
         """The answer, what it rests on and what it cost, in a few clauses."""
         rests = [f"no confident answer ({self.reason})" if self.lr is None else f"{self.lr:.2e}"]
         if self.race and self.lr is not None:
-            rests.append(f"it won a race of {len(self.race)} over {max(c.steps for c in self.race)} steps")
+            whole = ", the whole stage" if self.whole else ""
+            rests.append(f"it won a race of {len(self.race)} over {max(c.steps for c in self.race)} steps{whole}")
         elif self.lr is not None and self.lr != self.band.chosen:
             rests[0] += f", brought there from {self.band.chosen:.2e}"
         if self.band.low is not None:
@@ -66,8 +69,8 @@ class Found:
         return "; ".join([*rests, f"{len(self.sweeps)} sweeps, {self.steps} steps, {self.seconds:.0f} s"]) + "."
 
 
-def search_for(stage: Stage, finder: FinderFlags, planned_steps: int | None = None) -> Search:
-    """What to try for *stage*.
+def search_for(planned: StagePlan, finder: FinderFlags, planned_steps: int | None = None) -> Search:
+    """What to try for a stage. One with no more steps than a candidate gets is raced whole, whatever it costs.
 
     Args:
         finder: the flags; learning rates that are None = what the kind of optimizer needs (`SWEPT`).
@@ -77,12 +80,18 @@ def search_for(stage: Stage, finder: FinderFlags, planned_steps: int | None = No
     Raises:
         UserError: the lowest learning rate is not below the highest.
     """
-    lowest, highest = SWEPT[kind_of(stage.optimizer)]
+    lowest, highest = SWEPT[kind_of(planned.stage.optimizer)]
     start = lowest if finder.finder_start is None else finder.finder_start
     end = highest if finder.finder_end is None else finder.finder_end
     if start >= end:
         raise UserError(f"--finder-start {start:g} must be below --finder-end {end:g}, for example 1e-6 and 1.")
     steps, sweeps, raced = finder.finder_steps, finder.finder_sweeps, finder.finder_race
+    if raced is None:
+        raced = WHOLE if planned.steps <= WHOLE else PART
+    if planned.steps <= raced:
+        if planned_steps is not None:
+            steps, sweeps = min(steps, FEWEST_STEPS), 1
+        return Search(start, end, steps, sweeps, planned.steps, whole=True)
     if planned_steps is not None:
         steps, sweeps, raced = affordable(planned_steps, finder.finder_share, steps, sweeps, raced)
     return Search(start, end, steps, sweeps, raced)
@@ -117,10 +126,10 @@ def find(trials: Trials, search: Search, write: Write) -> Found:
     centre = clamped(said.chosen or stage.lr, stage.optimizer, part_of(stage, trials.entered.model))
     chosen, reason, ran = None if said.chosen is None else centre, said.reason, tuple[Candidate, ...]()
     if search.race:
-        ran = race(trials, centre, search.race)
+        ran = race(trials, centre, search)
         for candidate in ran:
             write(candidate.record(), next(written))
-        chosen, reason = winner(ran, judged_untrained(trials))
-    found = Found(chosen, reason, said, tuple(sweeps), ran, time.monotonic() - began)
+        chosen, reason = winner(ran, judged_untrained(trials), search.whole)
+    found = Found(chosen, reason, said, tuple(sweeps), ran, time.monotonic() - began, search.whole)
     write(found.answer(), next(written))
     return found

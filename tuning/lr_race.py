@@ -14,6 +14,7 @@ from dataclasses import dataclass
 RUNGS_A_DECADE = 4
 WIDE = 2  # rungs between the first candidates; those beside the best of them come last
 MOST = 9  # candidates
+WHOLE, PART = 100, 50  # steps of a stage that is raced whole without being asked; of a candidate in one that is longer
 USUAL = 6  # candidates that a race is expected to need
 FEWEST_STEPS, FEWEST_RACED = 30, 40  # of a sweep, of a candidate
 SMALLEST_SEARCH = FEWEST_STEPS + USUAL * FEWEST_RACED  # optimizer steps; a search for less would be guesswork
@@ -28,11 +29,13 @@ class Candidate:
         lr: peak learning rate of the head.
         steps: that it trained; fewer than those of the race if it diverged.
         judged: loss of every evaluation image afterwards; empty if it diverged.
+        reached: the metric that chooses ``model/``, higher is better; minus infinity if it diverged.
     """
 
     lr: float
     steps: int
     judged: tuple[float, ...]
+    reached: float = -math.inf
 
     @property
     def score(self) -> float:
@@ -43,7 +46,7 @@ class Candidate:
     def record(self) -> dict[str, float]:
         """For ``metrics.jsonl``."""
         place = {"lr_finder/race_lr": self.lr, "lr_finder/log10_lr": math.log10(self.lr)}
-        return {**place, "lr_finder/race_loss": self.score}
+        return {**place, "lr_finder/race_loss": self.score, "lr_finder/race_reached": self.reached}
 
 
 def rung_lr(centre: float, rung: int) -> float:
@@ -72,8 +75,10 @@ def next_rung(scores: Mapping[int, float], centre: float, low: float, high: floa
     return left[0] if left else None
 
 
-def winner(candidates: Sequence[Candidate], start: Sequence[float]) -> tuple[float | None, str]:
+def winner(candidates: Sequence[Candidate], start: Sequence[float], whole: bool) -> tuple[float | None, str]:
     """The middle, on the log axis, of the best learning rate and those beside it that are as good; or None and why.
+
+    After a *whole* race there is nothing to conclude: every candidate has been the run, and what reached most wins.
 
     As good: the mean over the images of what the best is ahead is within a standard error of that mean, and so for all
     between. None when all diverged; when the best is not clearly better than the start, by three standard errors; and
@@ -82,6 +87,7 @@ def winner(candidates: Sequence[Candidate], start: Sequence[float]) -> tuple[flo
     Args:
         candidates: lowest learning rate first.
         start: loss of every evaluation image before any training, the same images in the same order.
+        whole: the candidates trained the stage to its end, exactly as the run will.
     """
     best = min(range(len(candidates)), key=lambda place: candidates[place].score)
     first, lr, steps = candidates[0].lr, candidates[best].lr, candidates[best].steps
@@ -93,6 +99,8 @@ def winner(candidates: Sequence[Candidate], start: Sequence[float]) -> tuple[flo
         return None, f"nothing learned: {told}"
     if len(clear) > 1 and not any(clear[place] for place in (best - 1, best + 1) if 0 <= place < len(clear)):
         return None, f"chance: after {steps} steps {lr:.1e} is clearly better than before, those beside it are not"
+    if whole:
+        return max(candidates, key=lambda candidate: (candidate.reached, -candidate.score)).lr, ""
     alike = [candidate.lr for candidate in _alike(candidates, best)]
     return math.exp(sum(map(math.log, alike)) / len(alike)), ""
 
@@ -129,8 +137,8 @@ def _ahead(losses: Sequence[float], others: Sequence[float]) -> float:
 def affordable(planned: int, share: float, steps: int, sweeps: int, raced: int) -> tuple[int, int, int]:
     """(steps a sweep, sweeps, steps a candidate) of a search that costs a *share* of the run's *planned* steps.
 
-    Never less than `SMALLEST_SEARCH` steps: with less there is no answer worth having. A race gets what six candidates
-    need, sweeps the rest; sweeps are given up before they get shorter than 30 steps.
+    For races that are not whole. Never less than `SMALLEST_SEARCH` steps: with less there is no answer worth having. A
+    race gets what six candidates need, sweeps the rest; sweeps are given up before they get shorter than 30 steps.
     """
     budget = max(SMALLEST_SEARCH, int(share * planned))
     if raced:

@@ -13,6 +13,7 @@ from rich.table import Table
 from tuning import figures, plots
 from tuning.lr_curve import smoothed, smoothing
 from tuning.lr_finder import Found
+from tuning.lr_race import Candidate
 from tuning.records import number as finite
 
 SHOWN_UP_TO = 2.0  # times the first loss
@@ -28,8 +29,14 @@ def facts(found: Found) -> dict[str, Any]:
         "band": [found.band.low, found.band.high],
         "steps": found.steps,
         "sweeps": sweeps,
-        "race": [{"lr": c.lr, "loss": finite(c.score), "steps": c.steps} for c in found.race],
+        "race": [_facts_of(candidate) for candidate in found.race],
+        "whole_race": found.whole,
     }
+
+
+def _facts_of(candidate: Candidate) -> dict[str, Any]:
+    ends = {"loss": finite(candidate.score), "reached": finite(candidate.reached)}
+    return {"lr": candidate.lr, "steps": candidate.steps, **ends}
 
 
 def table(found: Found) -> Table:
@@ -79,13 +86,15 @@ def draw(found: Found, path: Path) -> None:
 
 
 def race_table(found: Found) -> Table:
-    """One row a candidate: the evaluation loss where it ended, at its best temperature."""
+    """One row a candidate: the evaluation loss where it ended, at its best temperature, and the metric there."""
     shown = Table(title="Race, learning rate of the head", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for heading in ("learning rate", "steps", "evaluation loss"):
+    for heading in ("learning rate", "steps", "evaluation loss", "--best-by"):
         shown.add_column(heading, justify="right")
     for candidate in found.race:
-        end = "diverged" if math.isinf(candidate.score) else f"{candidate.score:.4f}"
-        shown.add_row(f"{candidate.lr:.1e}", str(candidate.steps), end)
+        ends = ("diverged", "-")
+        if math.isfinite(candidate.score):
+            ends = (f"{candidate.score:.4f}", f"{abs(candidate.reached):.4f}")
+        shown.add_row(f"{candidate.lr:.1e}", str(candidate.steps), *ends)
     return shown
 
 

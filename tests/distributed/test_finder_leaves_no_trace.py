@@ -27,7 +27,7 @@ from tuning.entering import enter_stage
 from tuning.feeds import some_evaluation, stage_feeds
 from tuning.losses import Loss, cross_entropy
 from tuning.lr_finder import find as search
-from tuning.lr_trials import Search, Trials, sweep, trial_losses
+from tuning.lr_trials import Search, Trials, judge_trial, sweep
 from tuning.models import build
 from tuning.plan import make_plan
 from tuning.progress import Progress
@@ -97,7 +97,7 @@ def train(find: bool, *argv: str) -> Trained:
         feeds = stage_feeds(accelerator, entered, planned, data, info, unreadable, 0, "both", workers)
         if find:
             some = some_evaluation(accelerator, feeds, planned, data, info, 0, workers)
-            judged = partial(trial_losses, accelerator, entered, feeds.judged, some, None, iter)
+            judged = partial(judge_trial, accelerator, entered, feeds.judged, some, None, 3, "top1", iter)
             trials = Trials(accelerator, entered, feeds.train, loss, clip, 0, judged)
             found = search(trials, SEARCH, lambda values, step: None)
             done.swept += [value for swept in found.sweeps for value in swept.losses]
@@ -230,8 +230,9 @@ def few_judged(photos: str) -> tuple[int, list[int], dict[str, int]]:
     whole = stage_feeds(accelerator, entered, planned, data, info, unreadable, 0, "both", 0)
     some = some_evaluation(accelerator, whole, planned, data, info, 0, 0)
     labels = [int(label) for micro in some for label, weight in zip(micro.labels, micro.weights, strict=True) if weight]
-    losses = trial_losses(accelerator, entered, model, some, None, iter)
-    assert bool(losses.isfinite().all())
+    losses, reached = judge_trial(accelerator, entered, model, some, None, 3, "top1", iter)
+    assert all(math.isfinite(loss) for loss in losses)
+    assert 0 <= reached <= 1
     unreadable.check()
     return len(losses), labels, unreadable.counts
 

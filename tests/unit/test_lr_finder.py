@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 import random
@@ -29,8 +30,9 @@ from tuning.losses import Loss, cross_entropy
 from tuning.lr_auto import is_transformer
 from tuning.lr_curve import smoothed, smoothing
 from tuning.lr_finder import Found, chosen_stage, find, search_for
+from tuning.lr_race import Candidate, winner
 from tuning.lr_report import draw, facts, race_table, table
-from tuning.lr_trials import Search, Sweep, Trials, race, sweep
+from tuning.lr_trials import Judged, Search, Sweep, Trials, race, sweep
 from tuning.no_trace import leaving_no_trace
 from tuning.plan import StagePlan, make_plan
 from tuning.progress import Progress
@@ -77,10 +79,12 @@ def trials_of(
     """Judged on other pictures of the same kind."""
     pictures, labels = bright(seed=2)
 
-    def judge() -> Tensor:
+    def judge() -> Judged:
         entered.model.eval()
         with torch.no_grad():
-            return cross_entropy()(entered.model(pictures), labels)
+            logits = entered.model(pictures)
+            right = float((logits.argmax(dim=1) == labels).double().mean())
+            return Judged(tuple(cross_entropy()(logits, labels).tolist()), right)
 
     return Trials(accelerator, entered, feed, loss or cross_entropy(), NO_CLIP, 0, judge, watch)
 
@@ -325,13 +329,54 @@ def test_what_is_found_is_brought_into_the_known_range(monkeypatch: pytest.Monke
 
 
 def test_the_search_fits_the_optimizer_and_the_budget() -> None:
-    usual = FinderFlags()
-    assert search_for(stage(), usual) == Search(1e-6, 1.0, 100, 3, 50)
-    assert search_for(stage(optimizer="sgd"), FinderFlags(finder_end=2.0)) == Search(1e-5, 2.0, 100, 3, 50)
-    assert search_for(stage(), FinderFlags(finder_start=1e-4), 400) == Search(1e-4, 1.0, 30, 1, 40)
-    assert search_for(stage(), usual, 100_000) == search_for(stage(), usual)
+    usual, model = FinderFlags(), network()
+    adamw, sgd = planned_for(model, stage(epochs=40), stage(epochs=40, optimizer="sgd"))
+    assert adamw.steps == 160
+    assert search_for(adamw, usual) == Search(1e-6, 1.0, 100, 3, 50)
+    assert search_for(sgd, FinderFlags(finder_end=2.0)) == Search(1e-5, 2.0, 100, 3, 50)
+    assert search_for(adamw, FinderFlags(finder_start=1e-4), 400) == Search(1e-4, 1.0, 30, 1, 40)
+    assert search_for(adamw, usual, 100_000) == search_for(adamw, usual)
     with pytest.raises(UserError, match="--finder-start 2 must be below --finder-end 1,"):
-        search_for(stage(), FinderFlags(finder_start=2.0))
+        search_for(adamw, FinderFlags(finder_start=2.0))
+
+
+def test_a_short_stage_is_raced_whole() -> None:
+    (short,) = planned_for(network(), stage(epochs=25))
+    assert short.steps == 100
+    assert search_for(short, FinderFlags()) == Search(1e-6, 1.0, 100, 3, 100, whole=True)
+    assert search_for(short, FinderFlags(), 120) == Search(1e-6, 1.0, 30, 1, 100, whole=True)
+    assert search_for(short, FinderFlags(finder_race=60)) == Search(1e-6, 1.0, 100, 3, 60)
+    assert search_for(short, FinderFlags(finder_race=300)).whole
+    assert search_for(short, FinderFlags(finder_race=0)) == Search(1e-6, 1.0, 100, 3, 0)
+
+
+def test_a_candidate_of_a_whole_race_is_the_run_itself() -> None:
+    """Its images, its dropout, its learning rates: what the race saw of it is what training then does."""
+    chosen = stage(lr_ratio=1.0, batch_size=12, epochs=3, warmup_epochs=1)
+    accelerator, entered, feed = entered_with(network(drop_rate=0.5), chosen, micro=12)
+    stands, seen = Progress(epoch=2, step=5), list[Step]()
+    trials = dataclasses.replace(trials_of(accelerator, entered, feed, watch=watched(seen)), at=stands)
+    steps = entered.stage.steps(feed.order.steps_per_epoch)
+    ran = race(trials, 1e-3, Search(1e-5, 1.0, 20, 1, race=steps, whole=True))
+    assert len(ran) == len(seen) / steps
+    candidate = next(candidate for candidate in ran if candidate.lr == 1e-3)
+    first = seen[:steps]  # the centre runs first
+    planned = planned_for(entered.model, dataclasses.replace(chosen, lr=1e-3), micro=12)[0]
+    entered = enter_stage(accelerator, entered.model, planned, before=entered)
+    how = feed, cross_entropy(), NO_CLIP, dataclasses.replace(stands), 0
+    trained = list(train_steps(accelerator, entered, *how))
+    assert [(float(s.loss), s.place, s.lrs) for s in trained] == [(float(s.loss), s.place, s.lrs) for s in first]
+    assert tuple(trials_of(accelerator, entered, feed).judge()) == (candidate.judged, candidate.reached)
+
+
+def test_after_a_whole_race_the_metric_decides() -> None:
+    """A learning rate between candidates has not been tried, and a lower loss is not what was asked for."""
+    lowest, most = Candidate(1e-3, 20, (0.5,) * 4, 0.7), Candidate(3e-3, 20, (0.6,) * 4, 0.8)
+    start = (2.0, 2.2, 1.8, 2.1)
+    assert winner([lowest, most], start, whole=True) == (3e-3, "")
+    assert winner([lowest, dataclasses.replace(most, reached=0.7)], start, whole=True) == (1e-3, ""), "a tie: the loss"
+    assert winner([lowest, most], start, whole=False)[0] == pytest.approx(1e-3)
+    assert winner([Candidate(1e-3, 20, start, 0.9)], start, whole=True)[0] is None, "nothing learned"
 
 
 def test_candidates_race_on_the_same_images_and_the_lowest_loss_wins() -> None:
@@ -339,7 +384,7 @@ def test_candidates_race_on_the_same_images_and_the_lowest_loss_wins() -> None:
     chosen = stage(lr_ratio=1.0, batch_size=12, epochs=3, warmup_epochs=1.5)
     accelerator, entered, feed = entered_with(network(), chosen, micro=12)
     before, seen = snapshot(entered.model, entered), []
-    ran = race(trials_of(accelerator, entered, feed, watch=watched(seen)), 1e-3, 20)
+    ran = race(trials_of(accelerator, entered, feed, watch=watched(seen)), 1e-3, Search(1e-5, 1.0, 20, 1, race=20))
     assert same(snapshot(entered.model, entered), before)
     assert len(ran) >= 3
     lrs = [candidate.lr for candidate in ran]

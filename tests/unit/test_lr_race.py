@@ -65,7 +65,7 @@ def scored(*gains: float | None) -> list[Candidate]:
 
 def place(*gains: float | None) -> float | None:
     """Where the winner is, in candidates from the lowest."""
-    lr, _ = winner(scored(*gains), START)
+    lr, _ = winner(scored(*gains), START, whole=False)
     return None if lr is None else round(4 * math.log10(lr / 1e-4), 6)
 
 
@@ -83,29 +83,40 @@ def test_those_beside_it_that_are_as_good_draw_the_answer_to_their_middle() -> N
     # Behind by 0.1 +- 0.122, by hand: differences 0.4, -0.2, 0.2, 0; deviation 0.258.
     alike = (1.4, 0.8, 1.2, 1.0)
     behind = (1.4, 1.1, 1.3, 1.2)
-    assert winner([candidate(1e-4, *alike), best, candidate(1e-2, *behind)], START)[0] == pytest.approx(10**-3.5)
-    assert winner([candidate(1e-4, *behind), best, candidate(1e-2, *alike)], START)[0] == pytest.approx(10**-2.5)
-    assert winner([candidate(1e-4, *alike), best, candidate(1e-2, *alike)], START)[0] == pytest.approx(1e-3)
+    assert winner([candidate(1e-4, *alike), best, candidate(1e-2, *behind)], START, whole=False)[0] == pytest.approx(
+        10**-3.5
+    )
+    assert winner([candidate(1e-4, *behind), best, candidate(1e-2, *alike)], START, whole=False)[0] == pytest.approx(
+        10**-2.5
+    )
+    assert winner([candidate(1e-4, *alike), best, candidate(1e-2, *alike)], START, whole=False)[0] == pytest.approx(
+        1e-3
+    )
     further = [candidate(1e-5, *alike), candidate(1e-4, *behind), best, candidate(1e-2)]
-    assert winner(further, START)[0] == pytest.approx(1e-3), "not across one that is behind, nor one that diverged"
+    assert winner(further, START, whole=False)[0] == pytest.approx(1e-3), (
+        "not across one that is behind, nor one that diverged"
+    )
 
 
 def test_a_single_one_that_learns_is_chance() -> None:
-    lr, reason = winner(scored(0.0, 1.5, None), START)
+    lr, reason = winner(scored(0.0, 1.5, None), START, whole=False)
     assert lr is None
     assert reason == "chance: after 20 steps 1.8e-04 is clearly better than before, those beside it are not"
 
 
 def test_without_a_clear_gain_nobody_wins() -> None:
     """By hand: gains 0.1, -0.1, 0.2, 0.2 have the mean 0.1 and the standard error 0.0707."""
-    lr, reason = winner([candidate(1e-4, 1.9, 2.3, 1.6, 1.9)], START)
+    lr, reason = winner([candidate(1e-4, 1.9, 2.3, 1.6, 1.9)], START, whole=False)
     assert (lr, reason.partition(":")[0]) == (None, "nothing learned")
     assert "after 20 steps no candidate is clearly better on the 4 evaluation images" in reason
     clearer = candidate(1e-4, 1.9 - 0.12, 2.3 - 0.12, 1.6 - 0.12, 1.9 - 0.12)
-    assert winner([clearer], START)[0] == pytest.approx(1e-4), "0.22 / 0.0707 = 3.1 standard errors"
+    assert winner([clearer], START, whole=False)[0] == pytest.approx(1e-4), "0.22 / 0.0707 = 3.1 standard errors"
     assert place(0.0, 0.0) is None
     assert place(-1.0, -2.0) is None
-    assert winner(scored(None, None), START) == (None, "all diverge: every candidate from 1.0e-04 to 1.8e-04")
+    assert winner(scored(None, None), START, whole=False) == (
+        None,
+        "all diverge: every candidate from 1.0e-04 to 1.8e-04",
+    )
 
 
 def test_a_rung_is_a_quarter_of_a_decade() -> None:
