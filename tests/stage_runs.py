@@ -19,6 +19,7 @@ from tuning.image_sizes import run_sizes
 from tuning.judging.evaluation import evaluate
 from tuning.models.build import build
 from tuning.plan import make_plan
+from tuning.precision import cast_weights, level_of
 from tuning.preparing import objective
 from tuning.progress import Progress
 from tuning.safety.unreadable import UnreadablePictures
@@ -66,6 +67,7 @@ def run_stages(*argv: str, threads: int = 1) -> StageRun:
         several_sizes=sizes.several,
         seed=flags.run.seed,
     )
+    cast_weights(model, level_of(accelerator))
     plan = make_plan(
         command.stages,
         model,

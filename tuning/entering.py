@@ -16,6 +16,7 @@ from tuning.depth import closed_eval, freeze_batch_norm, open_names, set_open
 from tuning.groups import param_groups, set_peak_lrs
 from tuning.optimizers import create_optimizer, start_momentum
 from tuning.plan import StagePlan
+from tuning.precision import level_of, lowered
 from tuning.safety.agreement import running_statistics
 from tuning.sharding import is_sharded
 from tuning.stages import Stage
@@ -29,7 +30,8 @@ class Entered:
         stage: its description.
         model: the raw model; name and save parameters on this one.
         trained: `model`, or its head alone when the stage trains on cached features.
-        wrapped: what to call in training: autocast and, with several processes, DDP around `trained`.
+        wrapped: what to call in training: autocast or bf16 copies of the weights (`tuning.precision`) and, with
+            several processes, DDP around `trained`.
         optimizer: over all groups of `model`, closed ones included, so that its state keeps its shape.
         factor: optimizer step within the stage -> factor of every group's peak LR.
         layer_decay: LR factor from one layer to the next lower one.
@@ -91,7 +93,8 @@ def enter_stage(
         optimizer = accelerator.prepare_optimizer(create_optimizer(stage.optimizer, groups, stage.momentum))
     trained = HeadOnly(model) if stage.cache_features else model
     synchronise(model, False)  # on a CPU DDP refuses to wrap such layers, without need
-    wrapped = accelerator.prepare_model(trained, evaluation_mode=is_sharded(model))
+    called = lowered(trained, level_of(accelerator))
+    wrapped = accelerator.prepare_model(called, evaluation_mode=is_sharded(model))
     factor = stage.factor(planned.steps_per_epoch)
     entered = Entered(stage, model, trained, wrapped, optimizer, factor, decay)
     entered.train_mode()

@@ -23,6 +23,7 @@ from tuning.lr_search.auto import before_search
 from tuning.models.build import ModelInfo, build
 from tuning.models.head_fit import linear_classifier
 from tuning.plan import StagePlan, check_sizes, make_plan
+from tuning.precision import cast_weights, level_of
 from tuning.sizes import largest_auto_micro_batch
 from tuning.stages import Stage
 
@@ -55,6 +56,7 @@ def data_and_model(
         several_sizes=sizes.several,
         seed=flags.run.seed,
     )
+    model = cast_weights(model, level_of(accelerator))
     # What will be split is never whole on a device.
     return data, model if sharding.asked() else model.to(accelerator.device), info
 

@@ -21,17 +21,16 @@ from accelerate.utils import (
 
 from tuning import sharding
 from tuning.errors import UserError
+from tuning.precision import ACCELERATE_NAMES, Level, level_of, remember
 from tuning.safety.agreement import join_hosts
 from tuning.safety.heartbeat import start_heartbeat
 
-Precision = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-_ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def start(
-    precision: Precision | None, threads: int | Literal["auto"], timeout: float = 10.0, shards: bool = False
+    precision: Level | None, threads: int | Literal["auto"], timeout: float = 10.0, shards: bool = False
 ) -> Accelerator:
     """The accelerator that every recipe works with, on one process or many.
 
@@ -50,7 +49,7 @@ def start(
     checked = _checked_precision(precision)
     with sharding.unseen_by_accelerate():
         accelerator = Accelerator(
-            mixed_precision=_ACCELERATE_NAMES[checked],
+            mixed_precision=ACCELERATE_NAMES[checked],
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # whatever the environment says
             kwargs_handlers=[
                 # find_unused_parameters would hide a parameter that never gets a gradient; buffers are averaged before
@@ -64,6 +63,7 @@ def start(
             f"{accelerator.distributed_type.value} is not supported: stages would not be opened and closed correctly "
             "under it. Use plain data parallelism (accelerate launch --multi_gpu) or FSDP2."
         )
+    remember(accelerator, checked)
     _refuse_strangers(accelerator)
     sharding.check_asked(shards, checked, accelerator.num_processes, accelerator.device)
     join_hosts(accelerator, _waiting_time(timeout))
@@ -91,19 +91,19 @@ def _waiting_time(minutes: float) -> timedelta:
     return timedelta(minutes=minutes, microseconds=1)
 
 
-def _checked_precision(precision: Precision | None) -> Precision:
+def _checked_precision(precision: Level | None) -> Level:
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     wanted = precision or {"no": "fp32"}.get(launched, launched)
     on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    if wanted not in _ACCELERATE_NAMES:
+    if wanted not in ACCELERATE_NAMES:
         raise UserError(f"precision {wanted!r} is not supported; choose fp32, bf16 or fp16.")
     if wanted == "fp16" and on_cpu and not torch.backends.mps.is_available():
         raise UserError(
             "precision fp16 needs a GPU: on a CPU the run would silently train in fp32. Use --precision bf16 or fp32."
         )
-    if wanted == "bf16" and not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if wanted.startswith("bf16") and not on_cpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(
-            f"precision bf16 is not supported by {torch.cuda.get_device_name()}; use --precision fp16 or fp32."
+            f"precision {wanted} is not supported by {torch.cuda.get_device_name()}; use --precision fp16 or fp32."
         )
     return wanted  # type: ignore[return-value]
 
@@ -145,7 +145,6 @@ def same_everywhere(value: T) -> T:
     return broadcast_object_list([value])[0]  # type: ignore[no-any-return]
 
 
-def precision_name(accelerator: Accelerator) -> Precision:
-    """The precision of forward passes in the words of the flags."""
-    names = {name: ours for ours, name in _ACCELERATE_NAMES.items()}
-    return names[accelerator.mixed_precision]  # type: ignore[return-value]
+def precision_name(accelerator: Accelerator) -> Level:
+    """The precision of training in the words of the flags."""
+    return level_of(accelerator)

@@ -81,6 +81,11 @@ def check_asked(possible: bool, precision: str, processes: int, device: torch.de
             "fsdp_reshard_after_forward: false is not supported: after an evaluation a stage would open gathered "
             "copies. Set it to true."
         )
+    if precision in ("bf16-master", "bf16-pure"):
+        raise UserError(
+            f"precision {precision} is not supported under FSDP, whose blocks are gathered in bf16 from float32 shares "
+            "anyway: use --precision bf16."
+        )
     if precision == "fp16":
         raise UserError("precision fp16 is not supported under FSDP: use --precision bf16 or fp32, or plain DDP.")
     if _offloads(plugin) and device.type == "cpu":

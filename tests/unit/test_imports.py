@@ -38,7 +38,7 @@ LAYER_0 = listed(
 )
 LAYER_2 = listed(
     {
-        "": "session entering engine feeds features sharding preparing",
+        "": "session precision entering engine feeds features sharding preparing",
         "analysis": "last_look finishing",
         "averaging": "norm_statistics averages snapshots",
         "judging": "evaluation gathering predicting",

@@ -175,6 +175,8 @@ def _check_opening(flags: Flags, typed: Sequence[str], recipe: str) -> None:
     if evaluate.calibrate and (evaluate.ensemble or evaluate.tta != "none"):
         flag = "--ensemble" if evaluate.ensemble else f"--tta {evaluate.tta}"
         raise UserError(f"--calibrate stores a temperature for one model as it is; leave {flag} out.")
+    if (flags.run.precision or "").startswith("bf16-"):
+        raise UserError(f"--precision {flags.run.precision} is a way to train; {recipe} takes fp32, bf16 and fp16.")
     members = [os.path.realpath(path) for path in (opened, *evaluate.ensemble) if path]
     if len({*members}) < len(members):
         raise UserError("--ensemble: the same model twice is no ensemble. Name each once.")

@@ -48,8 +48,9 @@ class RunFlags:
     --swa-epochs, ema with --ema-decay, else raw."""
     max_steps: Optional[int] = None
     """Stop after this many optimizer steps; the schedule is not shortened."""
-    precision: Optional[Literal["fp32", "bf16", "fp16"]] = None
-    """Overrides `accelerate launch --mixed_precision`."""
+    precision: Optional[Literal["fp32", "bf16", "fp16", "bf16-master", "bf16-pure"]] = None
+    """Overrides `accelerate launch --mixed_precision`. bf16 and fp16 = autocast; bf16-master = weights in bf16 beside
+    float32 ones; bf16-pure = bf16 alone, which loses small updates (docs/precision.md)."""
     threads: int | Literal["auto"] = "auto"
     """CPU threads per process for training on a CPU. auto = CPU cores / processes on this machine."""
     dry_run: bool = False
