@@ -370,16 +370,16 @@ def test_a_replayed_step_takes_exactly_its_images(photos: Path, tmp_path: Path) 
 
 def spy_on_rows(log: Path) -> Plant:
     def plant() -> None:
-        from tuning.data import loader
+        from tuning.data import pictures
 
-        source = loader._source
+        source = pictures._source
 
         def spied(row: dict[str, Any]) -> Any:
             with log.open("a") as file:
                 file.write(f"{row['image']['path']}\n")
             return source(row)
 
-        loader._source = spied
+        pictures._source = spied
 
     return plant
 

@@ -63,7 +63,7 @@ def test_what_the_run_leaves_behind(finished: Path) -> None:
     for name in ("confusion", "mistakes", "precision_recall", "schedule", "curves"):
         assert (finished / f"plots/{name}.png").stat().st_size > 5000, name
     page = (finished / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png") == 4
+    assert page.count("data:image/png") == 5
     for part in ("&lt;b&gt;bold", "batch_size: 8", "test_vit on nasty", "adamw", "Learning rates", "git commit"):
         assert part in page, part
 

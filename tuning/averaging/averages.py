@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -30,7 +31,9 @@ class Averages:
     def __init__(self, model: nn.Module, plan: Sequence[StagePlan], decay: float | None) -> None:
         split = asked()
         self._last, self._moments = len(plan) - 1, plan[-1].swa_steps
-        self._ema = ModelEmaV3(model, decay, use_warmup=True, foreach=not split) if decay else None
+        self._ema = None
+        if decay:  # in float32, whatever the weights are
+            self._ema = ModelEmaV3(model, decay, use_warmup=True, foreach=not split, dtype=torch.float32)
         self._swa = AveragedModel(model, avg_fn=_mean if split else None).eval() if self._moments else None
 
     @property
