@@ -70,15 +70,15 @@ def finetune_here(*flags: str) -> int:
 
 
 AFTER = (
-    "console",
-    "judgement",
-    "ensembles",
-    "calibration",
-    "views",
-    "judged_data",
-    "predicting",
-    "picture_files",
-    "top_classes",
+    "tracking.console",
+    "judging.judgement",
+    "judging.ensembles",
+    "judging.calibration",
+    "judging.views",
+    "judging.judged_data",
+    "judging.predicting",
+    "judging.picture_files",
+    "judging.top_classes",
 )
 
 

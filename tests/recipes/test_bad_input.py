@@ -36,7 +36,17 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _imported() -> None:
     """What the recipe imports, once, so that forked processes have it."""
-    for module in ("checkpoint", "console", "data.sources", "evaluation", "feeds", "models", "plan", "plots", "track"):
+    for module in (
+        "safety.checkpoint",
+        "tracking.console",
+        "data.sources",
+        "judging.evaluation",
+        "feeds",
+        "models.build",
+        "plan",
+        "tracking.plots",
+        "tracking.track",
+    ):
         import_module(f"tuning.{module}")
 
 

@@ -27,7 +27,7 @@ TINY = ("--model", "test_vit", "--weights", "none", "--image-size", "32", "--bat
 @pytest.fixture(scope="module", autouse=True)
 def _imported() -> None:
     """What the recipe imports, once, so that forked processes have it."""
-    modules = ("console", "feeds", "preparing", "preflight.reading", "preflight.report", "preflight.timing")
+    modules = ("tracking.console", "feeds", "preparing", "preflight.reading", "preflight.report", "preflight.timing")
     for module in (*modules, "preflight.memory", "preflight.verdict"):
         import_module(f"tuning.{module}")
 

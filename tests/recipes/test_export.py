@@ -50,7 +50,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, coloured: Path) -> Path:
     content = json.loads(config.read_text())
     content["calibration"] = {"temperature": 0.5, "fitted_on": "12 evaluation images of coloured"}
     config.write_text(json.dumps(content))
-    for module in ("judged_data", "exporting.publishing", "exporting.comparison", "exporting.report", "track"):
+    for module in (
+        "judging.judged_data",
+        "exporting.publishing",
+        "exporting.comparison",
+        "exporting.report",
+        "tracking.track",
+    ):
         import_module(f"tuning.{module}")
     for module in ("torch.onnx", "onnxscript", "tuning.judging.prediction_files", "tuning.judging.top_classes"):
         import_module(module)

@@ -53,7 +53,16 @@ class Checked:
 @pytest.fixture(scope="module", autouse=True)
 def _imported() -> None:
     """What the recipe imports, once, so that forked processes have it."""
-    for module in ("console", "data.sources", "feeds", "head_fit", "overfitting", "preparing", "stopping", "track"):
+    for module in (
+        "tracking.console",
+        "data.sources",
+        "feeds",
+        "models.head_fit",
+        "overfit.overfitting",
+        "preparing",
+        "safety.stopping",
+        "tracking.track",
+    ):
         import_module(f"tuning.{module}")
 
 
