@@ -134,7 +134,7 @@ WITHOUT = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["onnx", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "onnx")])
 def test_the_example_answers_like_the_project_and_without_it(
     kind: str, bundles: dict[str, Path], run: Path, pictures: list[Path], tmp_path: Path
 ) -> None:

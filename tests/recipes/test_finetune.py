@@ -116,7 +116,7 @@ def test_config_repeats_the_run(finished: Path, finetune: Run, tmp_path: Path) -
     assert yaml.safe_load((tmp_path / "again/config.yaml").read_text())["tracker"] == "none"
 
 
-@pytest.mark.parametrize("stop", ["3", "5", "8"])
+@pytest.mark.parametrize("stop", ["5", *(pytest.param(stop, marks=pytest.mark.slow) for stop in ("3", "8"))])
 def test_resumed_run_is_the_same_run(finished: Path, photos: Path, finetune: Run, tmp_path: Path, stop: str) -> None:
     """Stopped inside the first stage, at the boundary, and inside the second; W&B beside it or not."""
     flags = ("--data", str(photos), *SMALL, *STAGES, "--drop-rate", "0.1", "--output", "run", "--tracker", "none")
@@ -137,6 +137,7 @@ def test_resumed_run_is_the_same_run(finished: Path, photos: Path, finetune: Run
 MIXING = ("--mixup", "0.4", "--cutmix", "1", "--loss", "bce", "--label-smoothing", "0.1", "--micro-batch", "4")
 
 
+@pytest.mark.slow
 def test_a_mixing_run_resumed_inside_an_epoch_is_the_same_run(photos: Path, finetune: Run, tmp_path: Path) -> None:
     """Two micro-batches a step; stopped after step 7, which is the second of the second epoch."""
     flags = ("--data", str(photos), *SMALL, *STAGES, *MIXING, "--tracker", "none")

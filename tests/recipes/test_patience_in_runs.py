@@ -60,7 +60,9 @@ def test_a_run_that_ended_early_has_nothing_left_to_do(whole: tuple[Path, str], 
     assert "Nothing left to do" in done.stdout
 
 
-@pytest.mark.parametrize("stop", ["12", "15", "27"])
+@pytest.mark.parametrize(
+    "stop", [pytest.param("12", marks=pytest.mark.slow), "15", pytest.param("27", marks=pytest.mark.slow)]
+)
 def test_a_run_stopped_in_its_patience_goes_on_as_it_would_have(
     whole: tuple[Path, str], photos: Path, finetune: Run, tmp_path: Path, stop: str
 ) -> None:

@@ -62,6 +62,7 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
 
 
+@pytest.mark.slow
 def test_changed_or_vanished_shards_end_a_run_in_one_sentence(
     shards: Path, finetune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -289,6 +289,7 @@ def test_failures_are_told_and_end_a_search_only_if_nothing_else_comes(fake: Ask
 # Real trials. Slow are those that are many, killed, stopped or spread over processes.
 
 
+@pytest.mark.slow
 def test_a_real_trial(coloured: Path, tmp_path: Path) -> None:
     """One launch: through the launcher, the run and its metrics to the result."""
     parameters = {"lr": {"values": [0.003, 0.03]}, "epochs": {"value": 1}}
