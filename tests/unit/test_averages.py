@@ -168,6 +168,9 @@ def test_the_flags_are_those_of_the_last_stage() -> None:
     assert [stage.swa_epochs for stage in stages] == [0, 0, 0, 0, 2]
 
 
+CYCLES = ("--schedule", "sgdr", "--cycle-epochs", "2", "--cycle-mult", "1", "--epochs", "8")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -178,6 +181,8 @@ def test_the_flags_are_those_of_the_last_stage() -> None:
         (("--best-of", "swa"), "--best-of swa needs an average of the last epochs"),
         (("--best-of", "ema", "--swa-epochs", "3"), "--best-of ema needs averaged weights"),
         (("--snapshots",), "--snapshots keeps the ends of sgdr cycles"),
+        (("--snapshots", *CYCLES, "--patience", "2"), "--patience may end a stage before them. Drop one."),
+        (("--swa-epochs", "2", "--patience", "2"), "the epochs that --swa-epochs 2 averages. Drop one of the two"),
         (("--batch-norm", "train", "--batch-norm-images", "1"), "--batch-norm-images is 1"),
         (("--batch-norm-images", "100"), "--batch-norm-images 100 has no effect with --batch-norm frozen"),
     ],

@@ -43,8 +43,8 @@ class SyncedBatchNorm(nn.SyncBatchNorm):
             return
         self.num_batches_tracked.add_(1)
         share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(variance, share)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), share)
 
 
 class SyncedBatchNormAct(SyncBatchNormAct, SyncedBatchNorm):

@@ -114,6 +114,10 @@ def _refuse_idle(flags: Flags, values: Mapping[str, Any], typed: Sequence[str], 
         )
     if values["snapshots"] and not any(stage.schedule == "sgdr" for stage in stages):
         raise UserError("--snapshots keeps the ends of sgdr cycles; add --schedule sgdr with --cycle-epochs.")
+    if values["snapshots"] and any(stage.patience is not None for stage in stages):
+        raise UserError(
+            "--snapshots keeps the cycles of the plan, and --patience may end a stage before them. Drop one."
+        )
     if values["patience"] is not None and not any(stage.may_end_early for stage in stages):
         raise UserError(
             f"--patience {values['patience']} has no effect: no stage that is evaluated after every epoch has more "
