@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-START = "import os, signal, time\nfrom tuning import interrupts\ninterrupts.listen()\n"
+START = "import os, signal, time\nfrom tuning.safety import interrupts\ninterrupts.listen()\n"
 
 
 def outcome(script: str, rank: str = "0") -> tuple[int, str, str]:

@@ -20,6 +20,14 @@ run.log({{"step": {steps}, "eval/top1": 0.5}})
 {end}
 """
 
+WHEN_WRITTEN = """
+import glob, time
+for _ in range(600):  # W&B's own process writes, when it comes to it
+    if any(os.path.getsize(file) > 40_000 for file in glob.glob("wandb/offline-run-*/*.wandb")):
+        break
+    time.sleep(0.1)
+"""
+
 
 def segment(folder: Path, steps: int, end: str) -> None:
     script = SCRIPT.format(folder=str(folder), steps=steps, end=end)
@@ -35,7 +43,7 @@ def test_a_finished_file_holds_everything(tmp_path: Path) -> None:
 
 def test_a_killed_file_holds_the_beginning(tmp_path: Path) -> None:
     """W&B writes in blocks: the last records are lost, and they have to be handed over again."""
-    segment(tmp_path, 400, "run.finish = None; os.kill(os.getpid(), signal.SIGKILL)")
+    segment(tmp_path, 400, WHEN_WRITTEN + "os.kill(os.getpid(), signal.SIGKILL)")
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     file.write_bytes(file.read_bytes()[:40_000])
     held = offline_records(tmp_path / "wandb", "abc")
