@@ -121,7 +121,8 @@ def test_the_recipe_at_two_processes(photos: Path, tmp_path: Path) -> None:
     assert [a["train/loss"] for a in ours] == pytest.approx([b["train/loss"] for b in theirs], abs=1e-4)
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
 def test_a_run_that_ends_anywhere_goes_on_with_what_fitted(photos: Path, tmp_path: Path, world: int) -> None:
     """Bit for bit, without running out of memory again; with dropout, which depends on the micro-batches."""
     flags, whole, broken = ("--data", str(photos), *HOW, "--drop-rate", "0.2"), tmp_path / "whole", tmp_path / "broken"

@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.campaign import REGRESSIONS, SHORT, Campaign, Case, case_of
 
-QUICK = (16, 72, 82)  # kill -9 inside a save and a signal at two processes, a signal at one
+QUICK = (16, 82)  # kill -9 inside a save at two processes, a signal at one
 WHOLE = (*REGRESSIONS, *range(60))
 
 

@@ -144,6 +144,7 @@ def test_planted_faults_are_found(photos: Path, tmp_path: Path, processes: int) 
     assert (output / "check.html").read_text().count("data:image/jpeg;base64") >= 8
 
 
+@pytest.mark.slow
 def test_the_exit_status_of_a_real_process(photos: Path, tmp_path: Path) -> None:
     plant(photos)
     flags = ("--data", str(photos), *TINY, "--check-steps", "0", "--output", str(tmp_path / "out"))

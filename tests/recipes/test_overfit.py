@@ -412,6 +412,7 @@ def test_a_dry_run_leaves_nothing(photos: Path, tmp_path: Path) -> None:
     assert "16 = 1 x 1 x 16" in done.said
 
 
+@pytest.mark.slow
 def test_a_real_process_ends_with_1_on_fail(photos: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "recipes" / "overfit.py"), "--data", str(photos), *VIT, "--lr", "1e-9"]
     command += ["--overfit-steps", "8", "--output", str(tmp_path / "run")]
