@@ -84,7 +84,7 @@ def enter_stage(
     if before is not None:
         _forget_wrapper(accelerator, before.wrapped)
     set_open(model, open_names(model, stage.open))
-    if before is not None and _same_optimizer(before.stage, stage):
+    if before is not None and stage.keeps_optimizer_of(before.stage):
         optimizer = before.optimizer
         set_peak_lrs(optimizer.param_groups, stage.lr, decay)
     else:
@@ -103,10 +103,6 @@ def enter_stage(
     synchronise(model, entered.synchronised)
     start_momentum(optimizer.optimizer)
     return entered
-
-
-def _same_optimizer(a: Stage, b: Stage) -> bool:
-    return (a.optimizer, a.momentum, a.weight_decay) == (b.optimizer, b.momentum, b.weight_decay)
 
 
 def _forget_wrapper(accelerator: Accelerator, wrapped: nn.Module) -> None:

@@ -37,7 +37,7 @@ class Stage:
         swa_epochs, swa_lr: of the last stage, by their flags.
         patience: evaluations in a row without a better one after which the stage ends; None = it runs to its end.
         plateau_patience: those after which the plateau schedule drops.
-        new_optimizer: the stage before names another one, so that this one starts without state.
+        new_optimizer: not `keeps_optimizer_of` the stage before: this one starts without state.
         train_sizes: sides of the training input, of which every optimizer step draws one; none = `image_size`.
         multi_scale: the same as a fraction of `image_size` on either side, 0 = off.
         batch_scaling: ``area`` = `batch_size` is that of the last stage's size, and larger where pictures are smaller.
@@ -107,6 +107,11 @@ class Stage:
     def drawn_by(self) -> str:
         """The flag that says which sizes those are."""
         return "--train-sizes" if self.train_sizes else "--multi-scale"
+
+    def keeps_optimizer_of(self, before: Stage) -> bool:
+        """Whether the optimizer of the stage *before* goes on, with its state."""
+        same_name = self.optimizer.lower() == before.optimizer.lower()
+        return same_name and (self.momentum, self.weight_decay) == (before.momentum, before.weight_decay)
 
     def steps(self, steps_per_epoch: int) -> int:
         """Optimizer steps of the whole stage."""

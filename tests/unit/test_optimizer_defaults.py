@@ -99,7 +99,17 @@ def test_a_schedule_that_starts_low_gets_no_warm_up(tmp_path: Path, schedule: st
 
 
 def test_the_same_optimizer_in_other_letters_is_no_change(tmp_path: Path) -> None:
-    assert rates(with_stages(tmp_path, TWO % "AdamW"))[1] == (3e-4, 0.05, 0.0)
+    command = with_stages(tmp_path, TWO % "AdamW")
+    assert rates(command)[1] == (3e-4, 0.05, 0.0)
+    assert not command.stages[1].new_optimizer
+    assert command.stages[1].keeps_optimizer_of(command.stages[0]), "its state goes on"
+
+
+@pytest.mark.parametrize("change", ["weight_decay: 0.1", "momentum: 0.5"])
+def test_an_optimizer_that_must_start_anew_for_another_reason_is_said(tmp_path: Path, change: str) -> None:
+    command = with_stages(tmp_path, TWO % f"adamw, {change}")
+    assert [stage.new_optimizer for stage in command.stages] == [False, True]
+    assert "starts a new optimizer, adamw, without a warm-up" in next(command.stages[1].notes(7))
 
 
 @pytest.mark.parametrize(("per_epoch", "steps"), [(1, 1), (5, 2), (100, 40)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -107,14 +108,7 @@ class Snapshots:
         """
         main, folders = self._accelerator.is_main_process, self._taken(progress)
         found: dict[str, Tensor] = {}
-        labels = torch.empty(0)
-
-        def look(size: int) -> tuple[Tensor, Tensor]:
-            feed = judging_feed(self._accelerator, data.eval, size, info, workers, Unreadable(data.folder))
-            pieces = watch(stream(self._accelerator, model.eval(), feed, BATCHES), "the evaluation of the snapshots")
-            kept = [piece for piece in pieces if main]
-            return in_order(kept)[:2] if main else (labels, labels)
-
+        look, labels = partial(self._look, model, info, data, workers, watch), torch.empty(0)
         for folder in folders:
             found[folder.name], labels = look(load_weights(self._accelerator, model, folder))
         if len(folders) > 1:
@@ -126,6 +120,15 @@ class Snapshots:
             if main:
                 _write(self._folder / AVERAGED, model, replace(info, input_size=size), data.classes, weights)
         return {name: _metrics(logits, labels) for name, logits in found.items()} if main else {}
+
+    def _look(
+        self, model: nn.Module, info: ModelInfo, data: Data, workers: int, watch: Watch, size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and labels of all evaluation images at *size* pixels; on rank 0, empty on others. All take part."""
+        feed = judging_feed(self._accelerator, data.eval, size, info, workers, Unreadable(data.folder))
+        pieces = watch(stream(self._accelerator, model.eval(), feed, BATCHES), "the evaluation of the snapshots")
+        kept = [piece for piece in pieces if self._accelerator.is_main_process]
+        return in_order(kept)[:2] if kept else (torch.empty(0), torch.empty(0))
 
     def _taken(self, progress: Progress) -> list[Path]:
         """The snapshots that rank 0 sees, up to where the run stands."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from tuning.cli.checks import check_flags, flat
 from tuning.cli.coerce import coerce, field_types, named_file, read_yaml, shown
 from tuning.cli.effects import refuse_sampling, refuse_without_effect
 from tuning.cli.ending import explained, rank, recorded, report, say, say_stopped
-from tuning.cli.optimizer_defaults import changes, defaults_of, resolved, resolved_stages
+from tuning.cli.optimizer_defaults import defaults_of, resolved, resolved_stages
 from tuning.cli.run_defaults import OPENING, data_of_run
 from tuning.errors import UserError, did_you_mean
 from tuning.flags import Flags
@@ -238,7 +239,7 @@ def resolve_stages(flags: Flags, listed: list[Any] | None = None, where: str = "
             )
     scaling, lr_batch = flags.optimisation.lr_scaling, flags.optimisation.lr_batch
     scaled = (scaled_lr(stage.lr, scaling, stage.batch_size, lr_batch) for stage in stages)
-    anew = changes([stage.optimizer for stage in stages])
+    anew = [False, *(not stage.keeps_optimizer_of(before) for before, stage in itertools.pairwise(stages))]
     return tuple(
         dataclasses.replace(stage, lr=lr, new_optimizer=new)
         for stage, lr, new in zip(stages, scaled, anew, strict=True)

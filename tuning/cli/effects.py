@@ -104,8 +104,15 @@ def _refuse_idle(flags: Flags, values: Mapping[str, Any], typed: Sequence[str], 
                 f"--{flag} {values[key]} has no effect with --{other} {' and '.join(chosen)}. Drop it, or choose "
                 f"--{other} {' or '.join(allowed)}."
             )
+    _refuse_idle_techniques(values, typed, stages)
+    if all(stage.cache_features for stage in stages):
+        _refuse_pictures(values)
     if "shuffle_gb" in typed and not flags.data.streaming:
         raise UserError(f"--shuffle-gb {values['shuffle_gb']:g} has no effect without --streaming. Drop it.")
+
+
+def _refuse_idle_techniques(values: Mapping[str, Any], typed: Sequence[str], stages: Sequence[Stage]) -> None:
+    """Techniques that no stage gives anything to do."""
     still = all(stage.batch_norm == "frozen" for stage in stages)
     if "batch_norm_images" in typed and still:
         raise UserError(
@@ -123,20 +130,23 @@ def _refuse_idle(flags: Flags, values: Mapping[str, Any], typed: Sequence[str], 
             f"--patience {values['patience']} has no effect: no stage that is evaluated after every epoch has more "
             f"than {values['patience'] + 1}. Lower it, raise --epochs, or drop it."
         )
-    if any(map(values.get, ("train_sizes", "multi_scale"))) and all(stage.cache_features for stage in stages):
+
+
+def _refuse_pictures(values: Mapping[str, Any]) -> None:
+    """What works on pictures, where every stage trains on cached features."""
+    if values["train_sizes"] or values["multi_scale"]:
         key = "train-sizes" if values["train_sizes"] else "multi-scale"
         raise UserError(
             f"--{key} {_said(values[key.replace('-', '_')])} draws sizes of pictures, but every stage trains on cached "
             "features. Drop it, or --cache-features."
         )
     for key in ("mixup", "cutmix"):
-        if values[key] and all(stage.cache_features for stage in stages):
+        if values[key]:
             raise UserError(
                 f"--{key} {values[key]} mixes pictures, but every stage trains on cached features. Drop it, or "
                 "--cache-features."
             )
-
-    if values["random_erasing"] and all(stage.cache_features for stage in stages):
+    if values["random_erasing"]:
         raise UserError(
             f"--random-erasing {values['random_erasing']} erases parts of pictures, but every stage trains on cached "
             "features. Drop it, or --cache-features."

@@ -6,7 +6,7 @@ For fine-tuning; `docs/optimizers.md` has them as a table, with sources.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ def resolved_stages(listed: list[Any] | None, flags: Flags) -> list[Any] | None:
     """The list under ``stages:`` with what follows from another optimizer written into the stages that name one.
 
     Learning rate and weight decay are its defaults unless *flags* give one for all; a warm-up is added where the
-    optimizer changes. What is no stage stays as it is, for `stages.read_stages` to refuse.
+    optimizer changes. What is no stage stays as it is, for `stage_lists.read_stages` to refuse.
 
     Args:
         flags: before `resolved`: None is what nobody gave.
@@ -129,8 +129,3 @@ def _warm_up(keys: Mapping[str, Any], flags: Flags) -> dict[str, float]:
     if "warmup_epochs" in keys or shape in STARTS_LOW or not isinstance(epochs, int) or isinstance(epochs, bool):
         return {}
     return {"warmup_epochs": min(LONGEST_WARMUP, SHARE_OF_STAGE * max(0, epochs))}
-
-
-def changes(optimizers: Sequence[str]) -> list[bool]:
-    """Of every stage, whether it names another optimizer than the one before."""
-    return [n > 0 and not same_kind(name, optimizers[n - 1]) for n, name in enumerate(optimizers)]

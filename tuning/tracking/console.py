@@ -222,7 +222,7 @@ def plan_facts(
             + (", one model split over all (FSDP2)" if sharding.asked() else ""),
         ),
         ("steps", f"{sum(planned.steps for planned in plan):,} optimizer steps"),
-        ("best", f"model/ keeps the weights with the best eval/{best_by}"),
+        ("best", f"model/ keeps the weights with the best {best_by} of the evaluations"),
         ("output", shown_path(folder.path)),
     ]
 
