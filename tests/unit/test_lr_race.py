@@ -119,8 +119,17 @@ def test_without_a_clear_gain_nobody_wins() -> None:
     )
 
 
-def test_a_rung_is_a_quarter_of_a_decade() -> None:
-    assert [rung_lr(1e-3, rung) for rung in (-4, 0, 2, 4)] == pytest.approx([1e-4, 1e-3, 1e-3 * 10**0.5, 1e-2])
+def test_a_rung_is_a_round_number_about_a_quarter_of_a_decade_from_the_next() -> None:
+    around = [1e-4, 2e-4, 3e-4, 6e-4, 1e-3, 2e-3, 3e-3, 6e-3, 1e-2]
+    assert [rung_lr(1e-3, rung) for rung in range(-4, 5)] == around
+    assert [rung_lr(8.1e-4, rung) for rung in range(-4, 5)] == around, "from the nearest 1 or 3"
+    assert [rung_lr(2e-3, rung) for rung in (-2, -1, 0, 1, 2)] == [1e-3, 2e-3, 3e-3, 6e-3, 1e-2]
+    assert [rung_lr(1.0, rung) for rung in (-1, 0, 1)] == [0.6, 1.0, 2.0]
+
+
+@given(st.floats(1e-7, 10.0))
+def test_the_first_candidate_is_about_a_quarter_of_a_decade_from_the_answer_at_most(centre: float) -> None:
+    assert abs(math.log10(rung_lr(centre, 0) / centre)) <= 0.2730
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-RUNGS_A_DECADE = 4
+LADDER = 1, 2, 3, 6  # of every decade: about a quarter of it apart, and numbers that one types
 WIDE = 2  # rungs between the first candidates; those beside the best of them come last
 MOST = 9  # candidates
 WHOLE, PART = 100, 50  # steps of a stage that is raced whole without being asked; of a candidate in one that is longer
@@ -50,12 +50,14 @@ class Candidate:
 
 
 def rung_lr(centre: float, rung: int) -> float:
-    """The learning rate *rung* quarters of a decade above *centre*."""
-    return centre * 10 ** (rung / RUNGS_A_DECADE)
+    """The learning rate *rung* rungs of `LADDER` above the 1 or 3 of a decade that is nearest to *centre*."""
+    first = WIDE * round(math.log10(centre) * len(LADDER) / WIDE)
+    decade, place = divmod(first + rung, len(LADDER))
+    return float(f"{LADDER[place]}e{decade}")
 
 
 def next_rung(scores: Mapping[int, float], centre: float, low: float, high: float) -> int | None:
-    """Who runs next, in quarters of a decade from the centre; None when the race is over.
+    """Who runs next, in rungs from the centre, about quarters of a decade; None when the race is over.
 
     The centre, then one half a decade away, then on beside the best of these until it has both neighbours, or the
     lowest while all diverge; then the two a quarter of a decade beside it.
