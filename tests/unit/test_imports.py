@@ -22,8 +22,8 @@ LAYER_0 = listed(
     {
         "": "errors stages progress schedules sizes lr_curve patience stage_checks stage_lists",
         "analysis": "mistakes",
-        "cli": "command_line plain_command coerce checks effects optimizer_defaults run_defaults outputs launcher "
-        "ending",
+        "cli": "command_line flag_parser plain_command coerce checks effects optimizer_defaults run_defaults outputs "
+        "launcher ending",
         "comparison": "paired runs",
         "data": "sampling local_order class_sampling splits",
         "exporting": "preprocessing",
