@@ -38,11 +38,12 @@ def features(classes: Sequence[str]) -> Features:
     return Features({"image": Image(decode=False), "label": ClassLabel(names=list(classes))})
 
 
-def picture_dataset(paths: Sequence[str], labels: Sequence[int] | Indices, classes: Sequence[str]) -> Dataset:
+def picture_dataset(
+    paths: Sequence[str] | pa.StringArray, labels: Sequence[int] | Indices, classes: Sequence[str]
+) -> Dataset:
     """A dataset in memory over picture files: `labels[i]` (an index into *classes*) belongs to `paths[i]`."""
-    images = pa.StructArray.from_arrays(
-        [pa.nulls(len(paths), pa.binary()), pa.array(paths, pa.string())], ["bytes", "path"]
-    )
+    names = paths if isinstance(paths, pa.Array) else pa.array(paths, pa.string())
+    images = pa.StructArray.from_arrays([pa.nulls(len(names), pa.binary()), names], ["bytes", "path"])
     table = pa.table({"image": images, "label": pa.array(labels, pa.int64())})
     return _in_memory(table, features(classes))
 
