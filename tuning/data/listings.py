@@ -1,10 +1,10 @@
 """What lies in a folder, one `scandir` each without a look into a file, and remembered from one run to the next.
 
-A million files take seconds to list, and longer on a network disk. So what a large data folder holds is kept in a file of
-the user's cache, and of every folder whose stamp (modification and change time, inode) is the same it is taken from
-there: one stat a folder, of which a million files have a thousand. A folder that changed is listed again, the others are
-not. What the stamp of a folder can't tell is left out of the file: a change in the same tick of the clock (folders
-changed within `SETTLED` seconds), and what the target of a link has become (folders with links).
+A million files take seconds to list, and longer on a network disk. So what a large data folder holds is kept in a file
+of the user's cache, and of every folder whose stamp (modification and change time, inode) is the same it is taken from
+there: one stat a folder, of which a million files may have a thousand. A folder that changed is listed again, the
+others are not. What the stamp of a folder can't tell is left out of the file: a change in the same tick of the clock
+(folders changed within `SETTLED` seconds), and what the target of a link has become (folders with links).
 
 The cache decides how quick it is and nothing else: no file, a damaged one or one that can't be written means listing.
 """
@@ -127,12 +127,18 @@ class Listings:
         self._root, self._extensions = os.path.join(root, ""), extensions
         self._file = _cache_file(root, extensions)
         self._known = _read(self._file)
+        self._asked: dict[str, Listing] = {}
         self._held: dict[str, tuple[str, Listing]] = {}
-        self._files, self._news = 0, False
+        self._news = False
 
     def of(self, folder: str) -> Listing:
         """What *folder* holds, which is the root or lies below it."""
         path = os.path.join(folder, "").removeprefix(self._root)
+        if path not in self._asked:
+            self._asked[path] = self._listed(path, folder)
+        return self._asked[path]
+
+    def _listed(self, path: str, folder: str) -> Listing:
         status, asked = os.stat(folder), time.time()
         stamp = f"{status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
         before, listing = self._known.get(path, ("", None))
@@ -142,12 +148,11 @@ class Listings:
                 return listing
             self._news = True
         self._held[path] = stamp, listing
-        self._files += len(listing.files)
         return listing
 
     def keep(self) -> None:
         """Write what the next run may take over, if that is much and new."""
-        if self._news and self._files >= LEAST:
+        if self._news and sum(len(listing.files) for _, listing in self._held.values()) >= LEAST:
             with contextlib.suppress(OSError):
                 _write(self._file, self._held)
 

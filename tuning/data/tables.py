@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image
+from datasets.fingerprint import generate_random_fingerprint
 from datasets.table import InMemoryTable
 
 from tuning.data.splits import Indices
@@ -70,8 +71,8 @@ def label_array(dataset: Table) -> Indices:
     """The labels `(N,)` of a dataset with a `label` column, images untouched."""
     if isinstance(dataset, StreamedRows):
         return dataset.labels.astype(np.int64)
-    labels = dataset.select_columns(["label"]).with_format("arrow")[:].column("label")  # as numpy it takes 10x the time
-    return np.asarray(labels.to_numpy(), dtype=np.int64)
+    labels, chosen = dataset.data.column("label"), dataset._indices  # asking the dataset takes 20x the time
+    return np.asarray((labels if chosen is None else labels.take(chosen.column(0))).to_numpy(), dtype=np.int64)
 
 
 def spread(dataset: Table, count: int) -> Indices:
@@ -94,4 +95,6 @@ def names_of(dataset: Table, rows: Sequence[int] | Indices) -> list[str]:
 
 
 def _in_memory(table: pa.Table, columns: Features) -> Dataset:
-    return Dataset(InMemoryTable(table.cast(columns.arrow_schema)), info=DatasetInfo(features=columns))
+    rows, info = InMemoryTable(table.cast(columns.arrow_schema)), DatasetInfo(features=columns)
+    # A digest of a million paths takes longer than to list them, and would only name the files of a cache.
+    return Dataset(rows, info=info, fingerprint=generate_random_fingerprint())
