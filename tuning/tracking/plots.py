@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,13 @@ def draw_schedule(plan: Sequence[StagePlan], path: Path) -> None:
     """The planned learning rate of every open group over the optimizer steps of the run."""
     starts = [(sum(before.steps for before in plan[:n]), planned.stage.name) for n, planned in enumerate(plan)]
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    for step, rates in enumerate(chain.from_iterable(planned.lrs() for planned in plan)):
-        for name, rate in rates.items():
-            steps, values = curves.setdefault(name, ([], []))
-            steps.append(step)
-            values.append(rate)
+    for planned, (start, _) in zip(plan, starts, strict=True):
+        every = -(-planned.steps // LARGEST_NUMBER_OF_POINTS)  # a long run has millions of steps
+        for number, rates in enumerate(planned.lrs(every)):
+            for name, rate in rates.items():
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(start + number * every)
+                values.append(rate)
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     colours = plt.get_cmap("viridis")
     for place, name in enumerate(sorted(curves)):
