@@ -7,7 +7,7 @@ CPU seconds of `--help`, of a misspelt flag and of `--print-config` (best of fiv
 the imports of recipes/finetune.py to its first forward pass in training and to its first optimizer step, on the demo
 and on a folder of photos, with `--head-init default`, so that no head is fitted in between (median of three; bar: 3 for
 the step). Seconds and memory of opening a folder of class folders: listed, and with the listings of the run before
-(bars: 10 and 2 seconds, 1 GB). The files have just been written, so the system holds their folders in memory both times.
+(bars: 10 and 2 seconds, 1 GB). The files were written just before: the system holds their folders in memory.
 """
 
 from __future__ import annotations

@@ -22,12 +22,13 @@ def draw_schedule(plan: Sequence[StagePlan], path: Path) -> None:
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for planned, (start, _) in zip(plan, starts, strict=True):
         every = -(-planned.steps // LARGEST_NUMBER_OF_POINTS)  # a long run has millions of steps
-        for number, rates in enumerate(planned.lrs(every)):
+        for place, rates in enumerate(planned.lrs(every)):
             for name, rate in rates.items():
                 steps, values = curves.setdefault(name, ([], []))
-                steps.append(start + number * every)
+                steps.append(start + place * every)
                 values.append(rate)
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4))
+    figure.subplots_adjust(left=0.1, right=0.98, bottom=0.13, top=0.9)  # a layout engine would draw everything twice
     colours = plt.get_cmap("viridis")
     for place, name in enumerate(sorted(curves)):
         steps, values = _thinned(*curves[name])
