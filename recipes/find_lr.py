@@ -19,6 +19,9 @@ def find_lr(command: Command) -> None:
     from collections.abc import Iterable, Iterator, Mapping
     from functools import partial
 
+    from tuning.tracking.before_torch import import_tracker
+
+    import_tracker(command.flags.run)
     from tuning import session
     from tuning.engine import Step
     from tuning.entering import enter_stage

@@ -20,6 +20,9 @@ def finetune(command: Command) -> None:
     # The flags are known to be right by now; only here torch is imported.
     from functools import partial
 
+    from tuning.tracking.before_torch import import_tracker
+
+    import_tracker(command.flags.run)
     from tuning import session
     from tuning.analysis.charts import charts
     from tuning.analysis.finishing import write_report

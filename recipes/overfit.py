@@ -21,6 +21,9 @@ def overfit(command: Command) -> None:
     Takes the flags of recipes/finetune.py. Everything that makes a batch harder to learn is off, however its flags
     stand.
     """
+    from tuning.tracking.before_torch import import_tracker
+
+    import_tracker(command.flags.run)
     from tuning import session
     from tuning.clipping import clipping
     from tuning.engine import train_steps

@@ -91,12 +91,12 @@ class StagePlan:
         ends = cycles or range(self.steps_per_epoch, self.steps + 1, self.steps_per_epoch)
         return tuple(end for end in ends if end > self.steps - self.stage.swa_epochs * self.steps_per_epoch)
 
-    def lrs(self) -> Iterator[dict[str, float]]:
-        """Learning rate of every open group at every step of the stage."""
+    def lrs(self, every: int = 1) -> Iterator[dict[str, float]]:
+        """Learning rate of every open group at every step of the stage, or at every *every*-th from the first on."""
         factor = self.stage.factor(self.steps_per_epoch)
         peaks = {group.name: group.peak_lr for group in self.groups if group.open_parameters}
-        for step in range(self.steps):
-            yield {name: peak * factor(step) for name, peak in peaks.items()}
+        for now in map(factor, range(0, self.steps, every)):
+            yield {name: peak * now for name, peak in peaks.items()}
 
 
 def make_plan(

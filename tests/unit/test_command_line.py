@@ -204,7 +204,7 @@ def test_values_that_depend_on_the_weights(
 @pytest.fixture
 def files_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave tyro out, which takes a tenth of a second: an empty command line gives the values of the file."""
-    monkeypatch.setattr(command_line, "_parse", lambda argv, name, description, default: default)
+    monkeypatch.setattr(command_line, "parse_flags", lambda argv, name, description, default: default)
 
 
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -22,8 +22,8 @@ LAYER_0 = listed(
     {
         "": "errors stages progress schedules sizes lr_curve patience stage_checks stage_lists",
         "analysis": "mistakes",
-        "cli": "command_line plain_command coerce checks effects optimizer_defaults run_defaults outputs launcher "
-        "ending",
+        "cli": "command_line flag_parser plain_command coerce checks effects optimizer_defaults run_defaults outputs "
+        "launcher ending",
         "comparison": "paired runs",
         "data": "sampling local_order class_sampling splits",
         "exporting": "preprocessing",
@@ -32,7 +32,7 @@ LAYER_0 = listed(
         "preflight": "findings",
         "safety": "interrupts heartbeat echoes manifest",
         "searching": "spaces space_files commands launching studies results starting",
-        "tracking": "run_folder summary records imbalance",
+        "tracking": "before_torch run_folder summary records imbalance",
         "flags": " ".join(path.stem for path in (ROOT / "tuning/flags").glob("[a-z]*.py")),
     }
 )
@@ -126,4 +126,4 @@ def test_wandb_is_used_in_one_module() -> None:
         named = {node.id for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Name)}
         if "wandb" in named | packages(path):
             used.add(path.name)
-    assert used == {"track.py"}
+    assert used == {"track.py", "before_torch.py"}

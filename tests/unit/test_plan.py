@@ -43,6 +43,7 @@ def test_numbers_of_two_stages() -> None:
     rates = list(head.lrs())
     assert len(rates) == 14
     assert {tuple(rate) for rate in rates} == {("layer9",)}
+    assert list(head.lrs(every=4)) == rates[::4]
 
 
 def test_rates_that_underflow_are_refused() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import types
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -23,6 +25,7 @@ class WholeNumbers(tuple[int, ...]):
 
 
 NO_NUMBERS = WholeNumbers()
+_hints: Callable[[type], dict[str, Any]] = cache(get_type_hints)
 
 
 def read_yaml(path: Path, where: str) -> dict[str, Any]:
@@ -116,7 +119,7 @@ def shown(value: Any) -> str:
 
 def field_types(cls: type) -> dict[str, Any]:
     """``{field name: resolved type}`` of a dataclass."""
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from tuning.cli.checks import check_flags, flat
 from tuning.cli.coerce import coerce, field_types, named_file, read_yaml, shown
 from tuning.cli.effects import refuse_sampling, refuse_without_effect
 from tuning.cli.ending import explained, rank, recorded, report, say, say_stopped
+from tuning.cli.flag_parser import parse_flags
 from tuning.cli.optimizer_defaults import defaults_of, resolved, resolved_stages
 from tuning.cli.run_defaults import OPENING, data_of_run
 from tuning.errors import UserError, did_you_mean
@@ -113,7 +113,7 @@ def parse_command(argv: Sequence[str], name: str, description: str, presets: Pat
     argv = _joined(argv)
     values, listed, where = _read_file(argv, presets, name)
     default = _with_values(Flags(), values, where)
-    flags = _typed_decay_wins(_parse(argv, name, description, default), default)
+    flags = _typed_decay_wins(parse_flags(argv, name, description, default), default)
     check_flags(flags)
     stages = resolve_stages(flags, listed, where)
     refuse_without_effect(flags, default, stages, listed, where, name)
@@ -139,20 +139,6 @@ def _typed_decay_wins(flags: Flags, default: Flags) -> Flags:
     elif now.lr_ratio != before.lr_ratio and now.layer_decay == before.layer_decay:
         now = dataclasses.replace(now, layer_decay=None)
     return dataclasses.replace(flags, optimisation=now)
-
-
-def _parse(argv: Sequence[str], name: str, description: str, default: Flags) -> Flags:
-    import tyro
-
-    return tyro.cli(
-        Flags,
-        args=list(argv),
-        default=default,
-        prog=name,
-        description=description,
-        config=(tyro.conf.OmitArgPrefixes,),
-        console_outputs=os.environ.get("RANK", "0") == "0",
-    )
 
 
 def _read_file(argv: Sequence[str], presets: Path, recipe: str) -> tuple[dict[str, Any], list[Any] | None, str]:

@@ -5,11 +5,9 @@ Imports no torch.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 import signal
-import socket
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -71,6 +69,8 @@ def first_start(output: str | None, resume: str, runs: Path) -> tuple[str | None
 
 def token() -> str:
     """What tells this launcher from every other one: its host, its pid and when it was started."""
+    import socket
+
     import psutil
 
     pid = os.getppid()
@@ -91,7 +91,9 @@ def end_with_launcher() -> None:
 
     Started without a launcher, a run outlives the shell (`nohup`).
     """
-    if platform.system() == "Linux" and _has_launcher():
+    if sys.platform == "linux" and _has_launcher():
+        import ctypes
+
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 

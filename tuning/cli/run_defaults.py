@@ -1,4 +1,7 @@
-"""What recipes that open a finished run take over from it before the command line is read."""
+"""What recipes that open a finished run take over from it before the command line is read.
+
+What only these recipes need is imported in the functions: every recipe reads this before it answers `--help`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from typing import Any
 
 from tuning.cli.coerce import field_types, read_yaml
 from tuning.flags import DataFlags
-from tuning.tracking.run_folder import CONFIG
 
 OPENING = ("recipes/evaluate.py", "recipes/predict.py", "recipes/export.py")
 KEPT = (*field_types(DataFlags), "seed")  # the seed decides which pictures are held out
@@ -16,6 +18,8 @@ KEPT = (*field_types(DataFlags), "seed")  # the seed decides which pictures are 
 
 def run_of(folder: Path) -> Path | None:
     """The run that a folder belongs to: itself, or that of its ``model/``, a checkpoint or a snapshot."""
+    from tuning.tracking.run_folder import CONFIG
+
     folder = folder.expanduser().resolve()
     above = {"model": folder.parent, "checkpoints": folder.parent.parent, "snapshots": folder.parent.parent}
     for found in (folder, above.get(folder.name), above.get(folder.parent.name)):
@@ -34,6 +38,8 @@ def data_of_run(run: Path, data: str | None) -> tuple[dict[str, Any], str]:
     Raises:
         UserError: the run's ``config.yaml`` can't be read.
     """
+    from tuning.tracking.run_folder import CONFIG
+
     folder = run_of(run)
     if folder is None:
         return {}, ""

@@ -19,7 +19,8 @@ from datasets.table import InMemoryTable
 from pyarrow import fs
 
 from tuning.data.columns import choose_columns, class_map, codes_of, named, refuse_missing
-from tuning.data.folders import Skipped, extension, files_below
+from tuning.data.folders import Skipped, files_below
+from tuning.data.listings import extension
 from tuning.data.shards import HUB_ID, KINDS, choose_shards, is_saved
 from tuning.data.streamed import READING_FAILED, Shards, StreamedRows, filesystem, is_text, parquet_file, why_unreadable
 from tuning.data.tables import Opened

@@ -13,7 +13,8 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from tuning.data.columns import standardise
-from tuning.data.folders import Skipped, extension, files_below, shorten
+from tuning.data.folders import Skipped, files_below, shorten
+from tuning.data.listings import extension
 from tuning.data.splits import SPLIT_NAMES, choose_splits
 from tuning.data.tables import Opened
 from tuning.errors import UserError, did_you_mean

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from tuning.data import elpv, parquet, shards
-from tuning.data.folders import Skipped, extension, is_folder, open_pictures, shorten, visible
+from tuning.data.folders import open_pictures, shorten, visible
+from tuning.data.listings import extension
 from tuning.data.splits import stratified_split, stratified_subset
 from tuning.data.tables import Opened, Table, label_array, take
 from tuning.errors import UserError, did_you_mean
@@ -144,8 +145,8 @@ def _with_notes(opened: Opened, notes: list[str]) -> Opened:
 
 def _nothing_found(folder: str, train_split: str | None, eval_split: str | None) -> Opened:
     """Raise the error that says most about a folder without a usable layout."""
-    entries = list(visible(folder, Skipped()))
-    names = [entry.name for entry in entries if is_folder(entry)]
+    entries = list(visible(folder))
+    names = [entry.name for entry in entries if entry.is_dir()]
     for flag, wanted in (("--train-split", train_split), ("--eval-split", eval_split)):
         if wanted is not None and wanted not in names:
             has = shorten(names) or "none"
@@ -153,7 +154,7 @@ def _nothing_found(folder: str, train_split: str | None, eval_split: str | None)
                 f"{flag} {wanted!r} is not a sub-folder of {folder}, which has: {has}.{did_you_mean(wanted, names)}"
             )
     expected = "expected class folders with pictures, train/ and val/ with class folders, or parquet/arrow/tar shards"
-    files = [entry.name for entry in entries if not is_folder(entry)]
+    files = [entry.name for entry in entries if not entry.is_dir()]
     if any(extension(name) in ("zip", "gz", "tgz", "7z", "rar") for name in files):
         raise UserError(f"{folder} holds archives but no pictures in folders; unpack them first ({shorten(files)}).")
     if files:

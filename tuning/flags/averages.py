@@ -1,7 +1,5 @@
 """Flags of the group averages."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Optional
 

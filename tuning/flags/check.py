@@ -1,7 +1,5 @@
 """Flags of the group check."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """Flags of the group evaluate."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

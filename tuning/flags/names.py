@@ -1,8 +1,6 @@
 """Words that several flags and stage keys take, and flags of several words."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from tyro.constructors import PrimitiveConstructorSpec
+from typing import TYPE_CHECKING, Literal
 
 from tuning.cli.coerce import WholeNumbers
 
@@ -13,29 +11,10 @@ AugmentName = Literal["none", "light", "medium", "strong"]
 ColorName = Literal["auto", "change", "keep"]
 SamplingName = Literal["shuffle", "sqrt", "balanced"]
 
+# Any number of texts, or of whole numbers. cli.flag_parser knows these two: for `tuple[str, ...]`, and for `X | None`
+# in place of `Optional[X]`, the parser imports typeguard, which makes every command slower.
 if TYPE_CHECKING:
     Texts = tuple[str, ...]
-    Sizes = WholeNumbers
 else:
-    Texts = Annotated[
-        tuple,
-        PrimitiveConstructorSpec(
-            nargs="*",
-            metavar="[STR [STR ...]]",
-            instance_from_str=tuple,
-            is_instance=lambda value: isinstance(value, tuple),
-            str_from_instance=list,
-        ),
-    ]
-    Sizes = Annotated[
-        WholeNumbers,
-        PrimitiveConstructorSpec(
-            nargs="*",
-            metavar="[INT [INT ...]]",
-            instance_from_str=lambda words: WholeNumbers(map(int, words)),
-            is_instance=lambda value: isinstance(value, WholeNumbers),
-            str_from_instance=lambda sizes: list(map(str, sizes)),
-        ),
-    ]
-"""Any number of texts, or of whole numbers. Spelt for the parser: for ``tuple[str, ...]`` and ``X | None`` (not
-`Optional`) it imports typeguard, which makes every command slower."""
+    Texts = tuple
+Sizes = WholeNumbers

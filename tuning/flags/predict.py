@@ -1,7 +1,5 @@
 """Flags of the group predict."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tuning.flags.names import Texts

@@ -1,7 +1,5 @@
 """Flags of the group run."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, Optional
 

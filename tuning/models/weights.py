@@ -59,7 +59,8 @@ def fill(model: nn.Module, state: StateDict, source: str, convert: Callable[[Sta
     own = model.state_dict()
     # Counters are absent from old files and from those of other frameworks, and do not change what a model computes.
     state = {n: v for n, v in own.items() if n.endswith("num_batches_tracked")} | state
-    head = {name for name in own if name.startswith(tuple(f"{path}." for path in head_modules(model)))}
+    inside_head = tuple(f"{path}." for path in head_modules(model))
+    head = {name for name in own if name.startswith(inside_head)}
     keeps_head = all(_fits(state, own, name) for name in head)
     if not keeps_head:
         state = {n: v for n, v in state.items() if n not in head} | {n: own[n] for n in head}

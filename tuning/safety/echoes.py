@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from tuning.safety import interrupts
-from tuning.safety.heartbeat import current, one_line
 
 ECHO_SECONDS = 10.0  # an echo waits so long to be ended by the launcher
 ECHO_WORDS = (  # only of exchanges: loaders and trackers time out and lose connections too
@@ -45,6 +44,8 @@ def first_error() -> Iterator[None]:
     except Exception as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
+        from tuning.safety.heartbeat import current, one_line  # here: it would make `--help` slower
+
         if NOTE in getattr(error, "__notes__", ()):
             raise
         if not is_echo(error):
@@ -68,6 +69,8 @@ def is_echo(error: BaseException) -> bool:
 
 def _known_cause() -> str | None:
     """Wait to be ended, and then say which process is at fault; None if that is unknown."""
+    from tuning.safety.heartbeat import current
+
     beating = current()
     before = beating.signs() if beating else None
     end, found = time.monotonic() + ECHO_SECONDS, None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,15 @@ def draw_schedule(plan: Sequence[StagePlan], path: Path) -> None:
     """The planned learning rate of every open group over the optimizer steps of the run."""
     starts = [(sum(before.steps for before in plan[:n]), planned.stage.name) for n, planned in enumerate(plan)]
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    for step, rates in enumerate(chain.from_iterable(planned.lrs() for planned in plan)):
-        for name, rate in rates.items():
-            steps, values = curves.setdefault(name, ([], []))
-            steps.append(step)
-            values.append(rate)
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for planned, (start, _) in zip(plan, starts, strict=True):
+        every = -(-planned.steps // LARGEST_NUMBER_OF_POINTS)  # a long run has millions of steps
+        for place, rates in enumerate(planned.lrs(every)):
+            for name, rate in rates.items():
+                steps, values = curves.setdefault(name, ([], []))
+                steps.append(start + place * every)
+                values.append(rate)
+    figure, axes = plt.subplots(figsize=(8, 4))
+    figure.subplots_adjust(left=0.1, right=0.98, bottom=0.13, top=0.9)  # a layout engine would draw everything twice
     colours = plt.get_cmap("viridis")
     for place, name in enumerate(sorted(curves)):
         steps, values = _thinned(*curves[name])
