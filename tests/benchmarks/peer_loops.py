@@ -57,6 +57,11 @@ class Work:
         """By name."""
         return sorted(path.name for path in self.train.iterdir())
 
+    @property
+    def processes(self) -> dict[str, Any]:
+        """Loader processes, which live on between epochs."""
+        return {"num_workers": self.workers, "persistent_workers": self.workers > 0}
+
     def build(self) -> nn.Module:
         """With random weights: they change no speed."""
         return timm.create_model(self.model, num_classes=len(self.classes))
@@ -87,8 +92,7 @@ def of_timm(work: Work) -> float:
         interpolation=config["interpolation"],
         mean=config["mean"],
         std=config["std"],
-        num_workers=work.workers,
-        persistent_workers=work.workers > 0,
+        **work.processes,
         device=torch.device("cpu"),
     )
     optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=RATE)
@@ -117,7 +121,7 @@ def of_pytorch(work: Work) -> float:
     from torchvision.datasets import ImageFolder
 
     data = ImageFolder(str(work.train), transform(work))
-    loader = DataLoader(data, work.batch_size, shuffle=True, num_workers=work.workers, drop_last=True)
+    loader = DataLoader(data, work.batch_size, shuffle=True, drop_last=True, **work.processes)
     model = work.build().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
 
@@ -150,7 +154,7 @@ def of_hugging_face(work: Work) -> float:
         shuffle=True,
         collate_fn=collate,
         batch_size=work.batch_size,
-        num_workers=work.workers,
+        **work.processes,
     )
     model = work.build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
@@ -188,7 +192,7 @@ def of_frozen_accelerate(work: Work) -> float:
     from accelerate import Accelerator
 
     accelerator = Accelerator()
-    loader = DataLoader(Files(work), shuffle=True, batch_size=work.batch_size, num_workers=work.workers)
+    loader = DataLoader(Files(work), shuffle=True, batch_size=work.batch_size, **work.processes)
     model = work.build()
     for parameter in model.parameters():
         parameter.requires_grad = False

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--model", default="tf_efficientnet_lite0")
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of an epoch")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of an epoch")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=PEERS, help="some of the loops")
     parser.add_argument("--quick", action="store_true")
