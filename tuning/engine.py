@@ -20,7 +20,7 @@ from tuning.groups import set_lr
 from tuning.losses import Loss
 from tuning.optimizers import step_if
 from tuning.progress import Progress
-from tuning.safety.agreement import on_any_process
+from tuning.safety.agreement import sum_if_all
 from tuning.safety.heartbeat import one_line
 from tuning.safety.out_of_memory import Exchange, is_out_of_memory, lost_share, no_second_attempt, start_over
 from tuning.sharding import exchanging, is_sharded, own, whole
@@ -132,9 +132,7 @@ def _attempt(
         said = one_line(error)
     if mine is None:  # out here nothing holds the traceback any more, and with it the activations
         exchange.complete(said)
-    if on_any_process(accelerator, mine is None):
-        return None
-    return accelerator.reduce(mine, reduction="sum")  # type: ignore[no-any-return]
+    return sum_if_all(accelerator, mine)
 
 
 def _backward(

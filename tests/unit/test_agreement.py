@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from unittest import mock
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,7 +12,7 @@ from ranks import run_ranks
 from timm.layers import EvoNorm2dB0
 from torch import Tensor, nn
 
-from tuning.safety.agreement import DriftError, average_statistics, refuse_drift, running_statistics
+from tuning.safety.agreement import DriftError, average_statistics, refuse_drift, running_statistics, sum_if_all
 
 
 def network() -> nn.Sequential:
@@ -46,6 +49,27 @@ def test_equal_processes_pass() -> None:
 
 def test_one_process_has_nobody_to_differ_from() -> None:
     assert drift("0.weight", 1.0) == ""
+
+
+def summed(mine: list[float | None]) -> float | None:
+    accelerator, exchanges = Accelerator(), []
+    number = mine[accelerator.process_index]
+    exchange = torch.distributed.all_reduce
+    with mock.patch("torch.distributed.all_reduce", lambda *a, **k: (exchanges.append(a), exchange(*a, **k))):
+        total = sum_if_all(accelerator, None if number is None else torch.tensor(number))
+    assert len(exchanges) == 1, "a message of its own for the vote costs as much again"
+    return None if total is None else float(total)
+
+
+@pytest.mark.parametrize(
+    ("mine", "expected"), [([1.5, 2.0], 3.5), ([1.5, None], None), ([None, None], None), ([0.0, -0.0], 0.0)]
+)
+def test_a_sum_is_of_all_or_of_none(mine: list[float | None], expected: float | None) -> None:
+    assert run_ranks(2, summed, mine) == [expected, expected]
+
+
+def test_a_sum_with_nan_is_nan_and_nobody_is_missing() -> None:
+    assert all(total is not None and math.isnan(total) for total in run_ranks(2, summed, [1.0, float("nan")]))
 
 
 def equal_nan() -> None:

@@ -28,13 +28,21 @@ def join_hosts(accelerator: Accelerator, timeout: timedelta) -> None:
         _hosts.append(torch.distributed.new_group(backend="gloo", timeout=timeout))
 
 
-def on_any_process(accelerator: Accelerator, mine: bool) -> bool:
-    """Whether *mine* holds on any process; waits for the others, but for no device. All processes take part."""
+def sum_if_all(accelerator: Accelerator, mine: Tensor | None) -> Tensor | None:
+    """The sum over all processes of *mine* (0-d), None on all of them where one has none. All processes take part.
+
+    Waits for the others, but for no device: there the processes vote on their hosts. On a CPU one exchange serves both.
+    """
     if accelerator.num_processes == 1:
         return mine
-    vote = torch.tensor([int(mine)], dtype=torch.int32)
-    torch.distributed.all_reduce(vote, op=torch.distributed.ReduceOp.MAX, group=_hosts[0] if _hosts else None)
-    return bool(vote.item())
+    if accelerator.device.type == "cpu":
+        both = torch.stack((torch.zeros(()), torch.ones(())) if mine is None else (mine, torch.zeros(())))
+        torch.distributed.all_reduce(both)
+        total, missing = both.unbind()
+        return None if missing else total
+    vote = torch.tensor([int(mine is None)], dtype=torch.int32)
+    torch.distributed.all_reduce(vote, op=torch.distributed.ReduceOp.MAX, group=_hosts[0])
+    return None if mine is None or vote.item() else accelerator.reduce(mine, reduction="sum")
 
 
 def average_statistics(accelerator: Accelerator, statistics: Iterable[Tensor]) -> None:
