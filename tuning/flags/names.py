@@ -12,6 +12,7 @@ LossName = Literal["cross-entropy", "bce", "focal"]
 AugmentName = Literal["none", "light", "medium", "strong"]
 ColorName = Literal["auto", "change", "keep"]
 SamplingName = Literal["shuffle", "sqrt", "balanced"]
+ForwardName = Literal["auto", "fp32", "fp32-channels-last", "bf16", "bf16-channels-last"]
 
 if TYPE_CHECKING:
     Texts = tuple[str, ...]
