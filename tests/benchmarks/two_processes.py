@@ -1,13 +1,17 @@
 """What a second process brings on this machine, and what the exchange of gradients takes: the engine itself, gloo.
 
-    python -m tests.benchmarks.two_processes        # under four minutes on two idle cores
+    python -m tests.benchmarks.two_processes        # under four minutes on two idle cores; --quick: two
 
-Full fine-tuning and the head alone, one CPU thread a process, pictures in memory, so that no loader takes part. Every
-figure is the median of rounds in which one process and two take turns, each in processes of its own. "Exchange" is the
-time of a step less that of a silent one, whose gradients stay where they are (a DDP communication hook that sends
-nothing); the two alternate, and the votes of the engine are in both. The second table holds this against the closed
-form of `scale_model`, put together from the silent step, the moments at which its buckets are ready, and what an
-all-reduce of each takes with nothing beside it.
+Full fine-tuning and the head alone, one CPU thread a process, pictures in memory, so that no loader takes part. One
+process and two take turns, each in processes of its own. The first table is the efficiency, images/s of two processes
+over twice those of one, when the second gets as much work as the first. Bars: >= 0.9 for everything, >= 0.98 for the
+head. "Of two that exchange nothing" leaves out what they take from each other in memory and caches: their steps with
+the exchange of gradients against silent ones, which alternate with them. A silent step keeps its gradients where they
+are (a DDP communication hook that sends nothing); the votes of the engine are in both.
+
+The second table has the medians over rounds, also for two processes that share the work of one; "exchange" is the time
+of a step less that of a silent one. The third holds this against the closed form of `scale_model`, put together from
+the silent step, the moments at which its buckets are ready, and what an all-reduce of each takes by itself.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from tests import conftest  # noqa: F401  no network, no login, one thread
+from tests.benchmarks.paired import Row, ratio, table
 from tests.benchmarks.saving import Resident, host, wait_for
 from tests.benchmarks.scale import markdown, milliseconds
 from tests.benchmarks.scale_model import Step
@@ -47,6 +52,7 @@ STAGES = {
     "everything": ("--freeze-epochs", "0", "--epochs", "1"),
     "head": ("--freeze-epochs", "1", "--epochs", "0"),
 }
+BARS = {"everything": ">= 0.9", "head": ">= 0.98"}
 WARM_UP = 2  # optimizer steps: DDP arranges its buckets anew after the first
 VOTERS = (2, 4, 8)
 
@@ -185,6 +191,20 @@ def gain_rows(found: dict[str, Rounds], each: int) -> Iterator[list[str]]:
         yield [stage, f"{one:.1f}", *gains, f"{sum(rounds.weak[0].sizes) / 1e6:.2f} MB", *exchanges]
 
 
+def efficiency_rows(found: dict[str, Rounds]) -> Iterator[Row]:
+    """Of two processes with as much work each as one alone, by rounds."""
+    for stage, rounds in found.items():
+        times = {
+            "one": [statistics.median(seen.steps) for seen in rounds.one],
+            "two": [statistics.median(seen.steps) for seen in rounds.weak],
+            "silent": [statistics.median(seen.silent) for seen in rounds.weak],
+        }
+        figures = " : ".join(milliseconds(min(times[name])) for name in ("one", "two"))
+        yield Row(f"{stage}: two processes : one", ratio(times, "one", "two"), BARS[stage], figures)
+        figures = " : ".join(milliseconds(min(times[name])) for name in ("silent", "two"))
+        yield Row(f"{stage}: two : two that exchange nothing", ratio(times, "silent", "two"), "", figures)
+
+
 def on_paper(seen: Seen) -> Step:
     """The step of `scale_model` from what was measured of its parts."""
     silent, backward_ends = statistics.median(seen.silent), seen.ready[-1]
@@ -219,13 +239,17 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=32)
     parser.add_argument("--window", type=int, default=3, help="optimizer steps")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round")
     given = parser.parse_args()
+    given.rounds = 1 if given.quick else given.rounds
     warnings.simplefilter("ignore")  # in the processes, too: they are forked
     began, each = time.perf_counter(), given.micro_batch
     found = {stage: Rounds() for stage in STAGES}
     for _ in range(given.rounds):
         for stage, rounds in found.items():
             rounds.run(given.model, stage, each, given.image_size, given.window)
+    what = f"{given.model}, {given.image_size} px, {each} images each, one thread a process"
+    print(table(f"Two processes against one: {what}", efficiency_rows(found)) + "\n", flush=True)
     votes = [f"{processes}: {1e3 * run_ranks(processes, vote)[0]:.2f} ms" for processes in VOTERS]
     print(
         f"{given.model}, {CLASSES} classes, {given.image_size} px, fp32, one thread a process; {host()}, "
