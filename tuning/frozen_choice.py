@@ -107,7 +107,7 @@ def timed_pictures(each: int) -> int:
 
 
 def stage_pictures(planned: StagePlan, train_images: int) -> int:
-    """Pictures that go through the closed layers in the stage, over all processes: no choice depends on their number."""
+    """Pictures that go through the closed layers in the stage, over all processes, however many these are."""
     return train_images * (planned.stage.feature_views if planned.stage.cache_features else planned.stage.epochs)
 
 

@@ -56,7 +56,7 @@ def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 
 @contextmanager
 def _without_closed_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """In the body the optimizer has only groups with gradients: an update of the head would mostly be a walk past others.
+    """In the body the optimizer has groups with gradients only: an update of the head would mostly walk past others.
 
     For optimizers that count steps by parameter, as torch's do: those that count by group would count otherwise.
     """
