@@ -34,11 +34,11 @@ def exchanged(depth: str | int) -> tuple[list[int], int]:
     (planned,) = make_plan([plain_stage(open=depth)], model, train_images=8, world_size=2, micro_batch=2, image_size=32)
     entered, sizes = enter_stage(accelerator, model, planned), list[int]()
 
-    def hook(state: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def exchange(bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
         sizes.append(bucket.buffer().numel())
         return allreduce_hook(torch.distributed.group.WORLD, bucket)  # type: ignore[arg-type]
 
-    entered.wrapped.register_comm_hook(None, hook)  # type: ignore[operator]
+    entered.wrapped.register_comm_hook(None, lambda _, bucket: exchange(bucket))  # type: ignore[operator]
     order = TrainOrder(8, 0, planned.batch, accelerator.process_index)
     feed = FeatureFeed(torch.randn(8, 3, 32, 32), torch.arange(8) % 3, order)
     next(train_steps(accelerator, entered, feed, cross_entropy(), clipping(1.0, None, None), Progress(), 0))
