@@ -148,7 +148,7 @@ def time_candidates(model: nn.Module, images: Tensor) -> dict[str, Timed]:
     with _kept_layout(model, f"fp32{LAST}") as moved:
         layouts = ("", LAST) if moved else ("",)
     full, _ = _time(model, images, "fp32", passes=0)
-    one = {numbers: _time(model, images[:1], numbers, passes=1)[1] for numbers in ("fp32", "bf16")}
+    one = {numbers: _time(model, images[:1], numbers, passes=2)[1] for numbers in ("fp32", "bf16")}
     hopeless = one["bf16"] > HOPELESS * one["fp32"]
     for numbers in ("fp32",) if hopeless else ("fp32", "bf16"):
         for layout in layouts:
