@@ -33,6 +33,7 @@ def finetune(command: Command) -> None:
     from tuning.engine import train_steps
     from tuning.entering import enter_stage
     from tuning.feeds import StageFeeds, plain_feed, some_evaluation, stage_feeds
+    from tuning.frozen_choice import settle_forward
     from tuning.judging.evaluation import evaluate, judges
     from tuning.lr_search.auto import as_found, must_search
     from tuning.lr_search.finder import find, search_for
@@ -172,6 +173,7 @@ def finetune(command: Command) -> None:
         interrupts.hold()  # from here on there is something to lose: a signal waits for the next boundary
         with saver, first_error():
             while progress.stage < len(plan) and (progress.step < ends_at or judge_first):
+                settle_forward(accelerator, model, plan[progress.stage], data, info, flags, progress, speaker.say)
                 planned = as_found(plan[progress.stage], progress)
                 entered = enter_stage(accelerator, model, planned, before=entered)
                 if found:
@@ -233,6 +235,7 @@ def finetune(command: Command) -> None:
                 "world_size": accelerator.num_processes,
                 "hardware": hardware(accelerator.device),
                 "precision": session.precision_name(accelerator),
+                "frozen_forward": progress.frozen_forward,
                 "train_images": len(data.train),
                 "eval_images": len(data.eval),
                 "ended_early_at": progress.step if progress.step < min(planned_steps, run.max_steps or 2**63) else None,

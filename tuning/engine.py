@@ -188,7 +188,7 @@ def _update(accelerator: Accelerator, entered: Entered, clip: Clip, mean_loss: T
     """Unscale, clip once, update if everything is finite; else put the running statistics back to *before*."""
     _taint(entered.trained, mean_loss)
     accelerator.unscale_gradients(entered.optimizer)
-    grad_norm = whole(clip(entered.model).detach())
+    grad_norm = whole(clip(entered.trained).detach())
     finite = grad_norm.isfinite()
     if entered.optimizer.scaler is not None:
         entered.optimizer.step()  # the scaler looks at the gradients itself

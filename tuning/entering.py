@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tuning.averaging.batch_norm import synchronise
 from tuning.depth import closed_eval, freeze_batch_norm, open_names, set_open
+from tuning.frozen import called, lay_back, lay_out
 from tuning.groups import param_groups, set_peak_lrs
 from tuning.optimizers import create_optimizer, start_momentum
 from tuning.plan import StagePlan
@@ -37,6 +38,8 @@ class Entered:
         layer_decay: LR factor from one layer to the next lower one.
         statistics: running statistics of norms that this stage moves, ``{name: buffer}``.
         synchronised: processes exchange statistics of BatchNorm in every forward pass.
+        forward: how what is closed is run (`tuning.frozen`).
+        laid_out: closed weights that are in another layout during the stage.
     """
 
     stage: Stage
@@ -48,6 +51,8 @@ class Entered:
     layer_decay: float
     statistics: dict[str, Tensor] = field(default_factory=dict)
     synchronised: bool = False
+    forward: str | None = None
+    laid_out: list[nn.Parameter] = field(default_factory=list)
 
     def train_mode(self) -> None:
         """Training mode for open layers, evaluation mode for closed ones (their BatchNorm and dropout rest)."""
@@ -83,6 +88,7 @@ def enter_stage(
     stage, decay = planned.stage, planned.layer_decay
     if before is not None:
         _forget_wrapper(accelerator, before.wrapped)
+        lay_back(before.laid_out)
     set_open(model, open_names(model, stage.open))
     if before is not None and stage.keeps_optimizer_of(before.stage):
         optimizer = before.optimizer
@@ -93,10 +99,13 @@ def enter_stage(
         optimizer = accelerator.prepare_optimizer(create_optimizer(stage.optimizer, groups, stage.momentum))
     trained = HeadOnly(model) if stage.cache_features else model
     synchronise(model, False)  # on a CPU DDP refuses to wrap such layers, without need
-    called = lowered(trained, level_of(accelerator))
-    wrapped = accelerator.prepare_model(called, evaluation_mode=is_sharded(model))
+    lower = lowered(trained, level_of(accelerator))
+    if not stage.cache_features:
+        lower = called(lower, planned.forward)
+    wrapped = accelerator.prepare_model(lower, evaluation_mode=is_sharded(model))
     factor = stage.factor(planned.steps_per_epoch)
-    entered = Entered(stage, model, trained, wrapped, optimizer, factor, decay)
+    entered = Entered(stage, model, trained, wrapped, optimizer, factor, decay, forward=planned.forward)
+    entered.laid_out = lay_out(model, planned.forward)
     entered.train_mode()
     entered.statistics = running_statistics(model)
     entered.synchronised = stage.batch_norm == "sync" and accelerator.num_processes > 1 and bool(entered.statistics)
@@ -128,6 +137,10 @@ class HeadOnly(nn.Module):
         """Dropout as in the whole model, then the classifier."""
         dropped = nn.functional.dropout(features, self.drop_rate, self.training)
         return self.classifier(dropped)  # type: ignore[no-any-return]
+
+    def get_classifier(self) -> nn.Module:
+        """As timm's models have it."""
+        return self.classifier  # type: ignore[no-any-return]
 
 
 def _head_dropout(model: nn.Module) -> float:

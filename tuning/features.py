@@ -3,22 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tuning.data.loader import EvalFeed, Micro
-from tuning.data.sampling import EvalOrder
+from tuning.data.loader import Micro, TrainFeed
+from tuning.data.sampling import EvalOrder, TrainOrder
 from tuning.entering import HeadOnly
 from tuning.errors import UserError
+from tuning.frozen import casting
 from tuning.safety.out_of_memory import InParts
 
 
-def compute_features(accelerator: Accelerator, model: nn.Module, feed: EvalFeed) -> tuple[Tensor, Tensor]:
+class EveryImage(Protocol):
+    """Batches of this process that have every image once over all processes, and filler of weight 0."""
+
+    @property
+    def order(self) -> EvalOrder | TrainOrder:
+        """Which image goes where."""
+
+    def __iter__(self) -> Iterator[Micro]: ...
+
+
+@dataclass(frozen=True)
+class View:
+    """The augmented images of one epoch of a feed that takes every image once an epoch."""
+
+    feed: TrainFeed
+    epoch: int
+
+    @property
+    def order(self) -> TrainOrder:
+        """Which image goes where."""
+        return self.feed.order
+
+    def __iter__(self) -> Iterator[Micro]:
+        return self.feed.epoch(self.epoch)
+
+
+def compute_features(
+    accelerator: Accelerator, model: nn.Module, feed: EveryImage, forward: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Pooled features and labels of all images, on every process; leaves the model in evaluation mode.
 
     A picture that can't be read takes the row of the next one, as training does.
+
+    Args:
+        forward: how the model is run (`tuning.frozen`); None = in the precision of training.
 
     Returns:
         features ``(N, C)`` float32 and labels ``(N,)`` int64, on the device, in the order of the dataset.
@@ -29,7 +63,8 @@ def compute_features(accelerator: Accelerator, model: nn.Module, feed: EvalFeed)
     model.eval()
     pool = InParts(lambda inputs: _pooled(model, inputs))
     parts: list[tuple[Tensor, ...]] = []
-    with torch.inference_mode(), accelerator.autocast():
+    cast = accelerator.autocast() if forward is None else casting(accelerator.device, forward)
+    with torch.inference_mode(), cast:
         for number, micro in enumerate(feed):
             pooled = pool(micro.inputs)
             if number == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,14 +16,14 @@ from tuning.data.loader import EvalFeed, FeatureFeed, Feed, TrainFeed
 from tuning.data.local_order import train_order
 from tuning.data.mixing import Mixing
 from tuning.data.operations import stage_operations
-from tuning.data.sampling import EvalOrder
+from tuning.data.sampling import EvalOrder, TrainOrder
 from tuning.data.sources import Data
 from tuning.data.splits import stratified_subset
 from tuning.data.streamed import StreamedRows
 from tuning.data.tables import Table, label_array, take
 from tuning.data.transforms import Crop, Normalise
 from tuning.entering import Entered
-from tuning.features import CachedEval, compute_features
+from tuning.features import CachedEval, EveryImage, View, compute_features
 from tuning.models.build import ModelInfo
 from tuning.plan import StagePlan
 from tuning.safety.unreadable import UnreadablePictures
@@ -58,30 +59,24 @@ def stage_feeds(
     flip: Literal["none", "horizontal", "both"],
     workers: int,
 ) -> StageFeeds:
-    """Build the batches of a stage; with ``cache_features`` this runs the model once over all pictures.
+    """Build the batches of a stage; with ``cache_features`` this runs the model over all pictures, once a view.
 
     Args:
         unreadable: counts the pictures that can't be read.
     """
-    stage, rank, world_size = planned.stage, accelerator.process_index, accelerator.num_processes
+    stage, rank = planned.stage, accelerator.process_index
     evaluation = plain_feed(accelerator, data.eval, planned, info, workers, unreadable.evaluation)
     blocks = data.train.blocks if isinstance(data.train, StreamedRows) else None
-    order = train_order(len(data.train), seed, planned.batch, rank, blocks)
+    every = order = train_order(len(data.train), seed, planned.batch, rank, blocks)
     if stage.sampling != "shuffle":
         order = sampled_order(label_array(data.train), stage.sampling, seed, planned.batch, rank)
-    if stage.cache_features:
+    if stage.cache_features and stage.feature_views == 1:
         size = planned.image_size
         pictures = judging_feed(accelerator, data.train, size, info, workers, unreadable.train)
-        train_features = compute_features(accelerator, entered.model, pictures)
-        eval_features = compute_features(accelerator, entered.model, evaluation)
-        unreadable.check()
-        entered.train_mode()
-        eval_order = EvalOrder(len(data.eval), CACHED_EVAL_BATCH, rank, world_size)
-        cached = CachedEval(*eval_features, eval_order)
-        return StageFeeds(FeatureFeed(*train_features, order), cached, entered.trained)
+        return _cached(accelerator, entered, [pictures], evaluation, order, unreadable)
     train = TrainFeed(
         data.train,
-        order,
+        every if stage.cache_features else order,
         Crop(planned.largest_size, info.interpolation, info.crop_pct, stage_operations(stage, info.mean)),
         Normalise(info.mean, info.std),
         augment=stage.augment,
@@ -93,7 +88,30 @@ def stage_feeds(
         erasing=Erasing(stage.erases, seed) if stage.erases else None,
         sizes=planned.sizes if stage.varies else (),
     )
+    if stage.cache_features:
+        views = [View(train, epoch) for epoch in range(stage.feature_views)]
+        return _cached(accelerator, entered, views, evaluation, order, unreadable)
     return StageFeeds(train, evaluation, entered.model)
+
+
+def _cached(
+    accelerator: Accelerator,
+    entered: Entered,
+    views: Sequence[EveryImage],
+    evaluation: EvalFeed,
+    order: TrainOrder,
+    unreadable: UnreadablePictures,
+) -> StageFeeds:
+    """Features of every view of the training images, and of the evaluation images."""
+    how = accelerator, entered.model
+    (features, labels), *others = [compute_features(*how, view, entered.forward) for view in views]
+    judged = compute_features(*how, evaluation, entered.forward)
+    unreadable.check()
+    entered.train_mode()
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    eval_order = EvalOrder(evaluation.order.images, CACHED_EVAL_BATCH, rank, world_size)
+    train = FeatureFeed(features, labels, order, [more for more, _ in others])
+    return StageFeeds(train, CachedEval(*judged, eval_order), entered.trained)
 
 
 def some_evaluation(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,10 +47,25 @@ def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     """
     if _decides_on_device(optimizer):
         optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
-        optimizer.step()
+        with _without_closed_groups(optimizer):
+            optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
     elif finite:
         optimizer.step()
+
+
+@contextmanager
+def _without_closed_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """In the body the optimizer has groups with gradients only: an update of the head would mostly walk past others.
+
+    For optimizers that count steps by parameter, as torch's do: those that count by group would count otherwise.
+    """
+    every = optimizer.param_groups
+    optimizer.param_groups = [group for group in every if any(p.grad is not None for p in group["params"])]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = every
 
 
 def start_momentum(optimizer: torch.optim.Optimizer) -> None:

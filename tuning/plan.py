@@ -53,6 +53,8 @@ class StagePlan:
         steps_per_epoch: optimizer steps of one pass over the data; the last may be short.
         layer_decay: LR factor from one layer to the next lower one.
         groups: every parameter group, stem first.
+        feature_bytes: of cached features of the training images, on every process; 0 = none are cached.
+        forward: how what is closed is run (`tuning.frozen`); None = like everything else.
         keeps_statistics: open layers have running statistics, which `Stage.batch_norm` is about.
     """
 
@@ -65,6 +67,8 @@ class StagePlan:
     layer_decay: float
     groups: tuple[GroupPlan, ...]
     keeps_statistics: bool = False
+    feature_bytes: int = 0
+    forward: str | None = None
 
     @property
     def steps(self) -> int:
@@ -184,11 +188,7 @@ def _plan_stage(
 ) -> StagePlan:
     """*at*: sides of its input in pixels, in training and in evaluation."""
     check_optimizer(stage.optimizer)
-    if stage.cache_features and not isinstance(model.get_classifier(), nn.Module):  # type: ignore[operator]
-        raise UserError(
-            f"stage {stage.name!r}: the head of {type(model).__name__} is more than one classifier, so its input can't "
-            "be cached. Leave --cache-features out."
-        )
+    cached = _feature_bytes(stage, model, train_images)
     batch = plan_batch(stage.batch_size, micro_batch, world_size, train_images, largest_auto)
     if stage.mixes and batch.micro_batch == 1:
         raise UserError(
@@ -200,7 +200,7 @@ def _plan_stage(
     _refuse_equal_rates(stage, groups)
     per_epoch, opened = batch.steps_per_epoch(train_images), open_names(model, stage.open)
     shown = at[0], sizes_of(stage, at[0], model), at[1]
-    planned = StagePlan(stage, batch, *shown, per_epoch, decay, groups, _keeps_statistics(model, opened))
+    planned = StagePlan(stage, batch, *shown, per_epoch, decay, groups, _keeps_statistics(model, opened), cached)
     if planned.keeps_statistics and stage.batch_norm == "sync":
         refuse_foreign_norms(model, f"stage {stage.name!r}: --batch-norm sync")
     if stage.swa_epochs and len(planned.swa_steps) < 2:
@@ -210,6 +210,19 @@ def _plan_stage(
             "shorter cycles by --cycle-epochs."
         )
     return planned
+
+
+def _feature_bytes(stage: Stage, model: nn.Module, train_images: int) -> int:
+    """Of all views of the training images, as float32."""
+    if not stage.cache_features:
+        return 0
+    head = model.get_classifier()  # type: ignore[operator]
+    if not isinstance(head, nn.Module):
+        raise UserError(
+            f"stage {stage.name!r}: the head of {type(model).__name__} is more than one classifier, so its input can't "
+            "be cached. Leave --cache-features out."
+        )
+    return 4 * next(head.parameters()).shape[1] * train_images * stage.feature_views
 
 
 def _keeps_statistics(model: nn.Module, opened: Set[str]) -> bool:

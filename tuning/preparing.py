@@ -17,6 +17,7 @@ from tuning.data.grey import are_grey
 from tuning.data.sources import Data, open_data
 from tuning.data.tables import label_array
 from tuning.flags import ColorName, Flags
+from tuning.frozen_choice import check_forward
 from tuning.image_sizes import run_sizes
 from tuning.losses import Loss, balanced_weights, chosen
 from tuning.lr_search.auto import before_search
@@ -81,6 +82,7 @@ def plan_stages(
         lr_scaling=command.flags.optimisation.lr_scaling,
     )
     check_sizes(plan, model, info)
+    check_forward(accelerator, command.flags)
     if command.flags.model.head_init == "fitted":
         linear_classifier(model)
     return plan

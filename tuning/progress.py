@@ -32,6 +32,7 @@ class Progress:
         plateau: those of them since the learning rate fell last (`tuning.patience`).
         lr_factor: what a plateau has left of the stage's learning rate.
         stage_over: evaluations have ended the stage before its last step.
+        frozen_forward: how head-only stages run what is closed (``--frozen-forward``); None = nothing was chosen.
         micro_batch: images per forward pass since memory ran out in this stage; None as long as it is the planned one.
     """
 
@@ -55,6 +56,7 @@ class Progress:
     plateau: int = 0
     lr_factor: float = 1.0
     stage_over: bool = False
+    frozen_forward: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A dict that `json` can write."""

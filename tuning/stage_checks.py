@@ -47,6 +47,8 @@ def check_stage(stage: Stage) -> None:
     refuse(erasing is None or 0 <= erasing <= 1, "random_erasing", "give a probability in [0, 1], for example 0.25")
     refuse(stage.patience is None or stage.patience >= 1, "patience", "give at least 1 evaluation")
     refuse(stage.plateau_patience >= 1, "plateau_patience", "give at least 1 evaluation")
+    views = not stage.cache_features or 1 <= stage.feature_views <= stage.epochs
+    refuse(views, "feature_views", f"an epoch takes one view, so give 1 to {stage.epochs}, or more epochs")
     _check_patience(stage)
     _check_sizes(stage, refuse)
     if stage.layer_decay is not None and stage.lr_ratio is not None:

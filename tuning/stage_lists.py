@@ -46,6 +46,8 @@ def _read_stage(entry: Mapping[str, Any], base: Stage, where: str) -> Stage:
         given[key] = _read_depth(value) if key == "open" else coerce(value, types[key], f"{where}, {key}")
     if "open" not in given:
         raise UserError(f"{where} doesn't say what is open; add open: head, all, or a number of layers.")
+    if "feature_views" in given and not given.get("cache_features"):
+        raise UserError(f"{where} has feature_views without cache_features: true. Add that, or drop it.")
     if given.get("layer_decay") is not None and "lr_ratio" not in given:
         given["lr_ratio"] = None
     if given.get("lr_ratio") is not None and "layer_decay" not in given:

@@ -40,6 +40,7 @@ class Stage:
         new_optimizer: not `keeps_optimizer_of` the stage before: this one starts without state.
         train_sizes: sides of the training input, of which every optimizer step draws one; none = `image_size`.
         multi_scale: the same as a fraction of `image_size` on either side, 0 = off.
+        feature_views: passes over the images that are cached; 1 = without augmentation.
         batch_scaling: ``area`` = `batch_size` is that of the last stage's size, and larger where pictures are smaller.
     """
 
@@ -79,6 +80,7 @@ class Stage:
     train_sizes: tuple[int, ...] = NO_NUMBERS
     multi_scale: float = 0.0
     batch_scaling: Literal["none", "area"] = "none"
+    feature_views: int = 1
 
     @property
     def mixes(self) -> bool:
@@ -88,7 +90,7 @@ class Stage:
     @property
     def erases(self) -> float:
         """Probability that a box of a picture is erased."""
-        if self.cache_features:
+        if self.cache_features and self.feature_views == 1:
             return 0.0
         usual = STRONG_ERASING if self.augment == "strong" else 0.0
         return usual if self.random_erasing is None else self.random_erasing

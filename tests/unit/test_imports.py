@@ -38,7 +38,7 @@ LAYER_0 = listed(
 )
 LAYER_2 = listed(
     {
-        "": "session precision entering engine feeds features sharding preparing",
+        "": "session precision entering engine feeds features sharding preparing frozen_choice",
         "analysis": "last_look finishing",
         "averaging": "norm_statistics averages snapshots",
         "judging": "evaluation gathering predicting",

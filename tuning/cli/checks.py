@@ -18,7 +18,7 @@ LOWEST = {  # smallest value: whole numbers
     1: (
         *("limit_train", "limit_eval", "batch_size", "micro_batch", "lr_batch"),
         *("keep", "log_every", "threads", "max_steps", "max_skipped", "overfit_steps", "min_side"),
-        *("patience", "plateau_patience", "finder_sweeps", "top_k", "check_images", "trials"),
+        *("patience", "plateau_patience", "feature_views", "finder_sweeps", "top_k", "check_images", "trials"),
     ),
     2: ("batch_norm_images",),
     10: ("finder_steps",),

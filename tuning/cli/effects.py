@@ -105,8 +105,9 @@ def _refuse_idle(flags: Flags, values: Mapping[str, Any], typed: Sequence[str], 
                 f"--{other} {' or '.join(allowed)}."
             )
     _refuse_idle_techniques(values, typed, stages)
+    _refuse_idle_when_closed(values, typed, stages)
     if all(stage.cache_features for stage in stages):
-        _refuse_pictures(values)
+        _refuse_pictures(values, erased=any(stage.erases for stage in stages))
     if "shuffle_gb" in typed and not flags.data.streaming:
         raise UserError(f"--shuffle-gb {values['shuffle_gb']:g} has no effect without --streaming. Drop it.")
 
@@ -132,8 +133,30 @@ def _refuse_idle_techniques(values: Mapping[str, Any], typed: Sequence[str], sta
         )
 
 
-def _refuse_pictures(values: Mapping[str, Any]) -> None:
-    """What works on pictures, where every stage trains on cached features."""
+def _refuse_idle_when_closed(values: Mapping[str, Any], typed: Sequence[str], stages: Sequence[Stage]) -> None:
+    """Flags about layers that are closed."""
+    if "frozen_forward" in typed and not any(stage.open == "head" for stage in stages):
+        raise UserError(
+            f"--frozen-forward {values['frozen_forward']} has no effect: no stage trains the head alone. Drop it, or "
+            "raise --freeze-epochs."
+        )
+    if "feature_views" not in typed:
+        return
+    cached, views = [stage for stage in stages if stage.cache_features], f"--feature-views {values['feature_views']}"
+    if not cached:
+        raise UserError(f"{views} has no effect without --cache-features. Drop it, or add that.")
+    if values["flip"] == "none" and not any(stage.augment != "none" or stage.erases for stage in cached):
+        raise UserError(
+            f"{views}: without --augment and --flip all views are the same picture. Drop it, or choose one."
+        )
+
+
+def _refuse_pictures(values: Mapping[str, Any], erased: bool) -> None:
+    """What works on pictures, where every stage trains on cached features.
+
+    Args:
+        erased: pictures are erased before their features are computed.
+    """
     if values["train_sizes"] or values["multi_scale"]:
         key = "train-sizes" if values["train_sizes"] else "multi-scale"
         raise UserError(
@@ -146,7 +169,7 @@ def _refuse_pictures(values: Mapping[str, Any]) -> None:
                 f"--{key} {values[key]} mixes pictures, but every stage trains on cached features. Drop it, or "
                 "--cache-features."
             )
-    if values["random_erasing"]:
+    if values["random_erasing"] and not erased:
         raise UserError(
             f"--random-erasing {values['random_erasing']} erases parts of pictures, but every stage trains on cached "
             "features. Drop it, or --cache-features."

@@ -246,19 +246,21 @@ class FeatureFeed(_Feed):
     Args:
         features: ``(N, C)`` float32 on the device, row i for image i.
         labels: ``(N,)`` int64 on the device.
+        more: of further views of the same images: epoch n takes view n modulo their number.
     """
 
-    def __init__(self, features: Tensor, labels: Tensor, order: TrainOrder) -> None:
+    def __init__(self, features: Tensor, labels: Tensor, order: TrainOrder, more: Sequence[Tensor] = ()) -> None:
         self._batches = _EpochBatches(order)
-        self._features, self._labels = features, labels
+        self._features, self._labels, self._views = features, labels, (features, *more)
 
     def epoch(self, epoch: int, first_step: int = 0, run_step: int = 0) -> Iterator[Micro]:
         """The micro-batches of an epoch from optimizer step *first_step* on."""
+        features = self._views[epoch % len(self._views)]
         for items in self.order.micro_batches(epoch, first_step):
             index = torch.tensor([item.row for item in items])
             weights = torch.tensor([item.weight for item in items], dtype=torch.float32)
-            chosen = index.to(self._features.device)
-            yield Micro(self._features[chosen], self._labels[chosen], weights.to(chosen.device), index)
+            chosen = index.to(features.device)
+            yield Micro(features[chosen], self._labels[chosen], weights.to(chosen.device), index)
 
 
 Feed = TrainFeed | FeatureFeed

@@ -72,7 +72,7 @@ def augmentation_sentences(stages: Sequence[Stage]) -> list[str]:
 
 
 def _sentence(stage: Stage) -> str:
-    if stage.cache_features:
+    if stage.cache_features and stage.feature_views == 1:
         return "none: features are computed once"
     parts = ["the evaluation crop"]
     if stage.augment != "none":
@@ -81,6 +81,9 @@ def _sentence(stage: Stage) -> str:
     if stage.augment in ("medium", "strong"):
         kept = ", moving pixels only (grey pictures, or --color keep)" if stage.color == "keep" else ""
         parts.append(f"{'RandAugment' if stage.augment == 'medium' else 'TrivialAugment'}{kept}")
-    parts += [f"{key} {value:g}" for key, value in (("mixup", stage.mixup), ("cutmix", stage.cutmix)) if value]
+    parts += [
+        f"{key} {value:g}" for key, value in (("mixup", stage.mixup), ("cutmix", stage.cutmix)) if value and stage.mixes
+    ]
     parts += [f"random erasing {stage.erases:g}"] if stage.erases else []
+    parts += [f"{stage.feature_views} views of every picture, drawn once"] if stage.cache_features else []
     return f"{stage.augment}: {', '.join(parts)}"

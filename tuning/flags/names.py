@@ -10,6 +10,7 @@ LossName = Literal["cross-entropy", "bce", "focal"]
 AugmentName = Literal["none", "light", "medium", "strong"]
 ColorName = Literal["auto", "change", "keep"]
 SamplingName = Literal["shuffle", "sqrt", "balanced"]
+ForwardName = Literal["auto", "fp32", "fp32-channels-last", "bf16", "bf16-channels-last"]
 
 # Any number of texts, or of whole numbers. cli.flag_parser knows these two: for `tuple[str, ...]`, and for `X | None`
 # in place of `Optional[X]`, the parser imports typeguard, which makes every command slower.

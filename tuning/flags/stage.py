@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, Optional
 
+from tuning.flags.names import ForwardName
+
 
 @dataclass(frozen=True)
 class StageFlags:
@@ -25,3 +27,9 @@ class StageFlags:
     unfreeze: Literal["all", "gradual", "norms", "norms-biases"] = "all"
     """Open everything at once, or from the top in four equal parts; or, beside the head, normalisation layers alone, or
     these and all biases (Ben Zaken et al. 2022)."""
+    feature_views: int = 1
+    """Passes over the images with --cache-features: 1 = the evaluation crop; more = so many augmented views, and the
+    epochs take turns with them."""
+    frozen_forward: ForwardName = "auto"
+    """Numbers and layout of the weights in which head-only stages run the closed layers. auto = timed at the start of a
+    stage that is long enough, unless --precision is given."""

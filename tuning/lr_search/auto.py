@@ -42,11 +42,14 @@ def searching_stages(plan: Sequence[StagePlan], when: Literal["start", "stages",
 
 
 def as_found(planned: StagePlan, progress: Progress) -> StagePlan:
-    """The stage as the run trains it: at the learning rate that was found, if it takes one, in micro-batches that fit.
+    """The stage as the run trains it: at the learning rate that was found, if it takes one, in micro-batches that fit,
+    what is closed run as was chosen.
 
     All groups move by the same factor.
     """
     fitting = at_micro_batch(planned, progress.micro_batch)
+    if planned.stage.open == "head":
+        fitting = dataclasses.replace(fitting, forward=progress.frozen_forward)
     if not planned.stage.find_lr or progress.lr is None:
         return fitting
     factor = progress.lr / planned.stage.lr

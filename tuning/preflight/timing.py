@@ -69,7 +69,8 @@ def expected_seconds(
         left -= made
         epochs = made / planned.steps_per_epoch
         cached = planned.stage.cache_features  # its epochs cost next to nothing
-        seconds = features * (made > 0) if cached else epochs * (train * trial.seconds_per_image + judge)
+        once = features + train * judging * (planned.stage.feature_views - 1)
+        seconds = once * (made > 0) if cached else epochs * (train * trial.seconds_per_image + judge)
         if made and number in searches:
             seconds += _searching(searches[number], planned.batch.batch_size * trial.seconds_per_image, data, judging)
         total += seconds

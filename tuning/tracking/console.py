@@ -243,12 +243,17 @@ def stage_rows(plan: Sequence[StagePlan]) -> list[tuple[str, ...]]:
                 f"{batch.batch_size} = {batch.world_size} x {batch.accumulation} x {batch.micro_batch}",
                 ", ".join(map(str, planned.sizes)),
                 f"{rates[0]:.3g} .. {rates[-1]:.3g}" + (" or found" if stage.find_lr else ""),
-                f"{stage.optimizer}, {stage.schedule}"
-                + (", features once" if stage.cache_features else "")
-                + _said(planned),
+                f"{stage.optimizer}, {stage.schedule}" + _cached(planned) + _said(planned),
             )
         )
     return rows
+
+
+def _cached(planned: StagePlan) -> str:
+    """What is computed once, and the memory that it takes on every process."""
+    views = planned.stage.feature_views
+    what = "features once" if views == 1 else f"features of {views} views"
+    return f", {what}: {planned.feature_bytes / 1e6:,.1f} MB" if planned.stage.cache_features else ""
 
 
 def _said(planned: StagePlan) -> str:
