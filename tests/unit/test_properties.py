@@ -203,7 +203,7 @@ def progresses() -> st.SearchStrategy[Progress]:
     own = dict.fromkeys(("due", "stage_over"), st.booleans()) | dict.fromkeys(("best", "stage_best", "lr"), best)
     own |= dict.fromkeys(("seconds", "lr_factor"), KINDS["float"])
     own |= dict.fromkeys(("best_step", "searched", "micro_batch"), st.one_of(st.none(), whole))
-    own["tracker_id"] = st.one_of(st.none(), KINDS["text"])
+    own |= dict.fromkeys(("tracker_id", "frozen_forward"), st.one_of(st.none(), KINDS["text"]))
     return st.builds(Progress, **{f.name: own.get(f.name, whole) for f in dataclasses.fields(Progress)})
 
 
@@ -223,7 +223,7 @@ def test_progress_of_another_type_is_refused(name: str, value: object) -> None:
         return
     assert getattr(taken, name) == value or value != value
     kind = type(getattr(Progress(), name))
-    optional = ("best", "best_step", "stage_best", "tracker_id", "searched", "lr", "micro_batch")
+    optional = ("best", "best_step", "stage_best", "tracker_id", "frozen_forward", "searched", "lr", "micro_batch")
     assert name in optional or isinstance(value, kind | int)
 
 
