@@ -14,7 +14,7 @@ from tuning.data.broken import Broken, why_gone
 from tuning.data.images import UnreadableImage, decode
 from tuning.data.sampling import Item
 from tuning.data.sources import image_name
-from tuning.data.transforms import Crop, crop_seed
+from tuning.data.transforms import Crop, crop_seeds
 from tuning.flags import AugmentName
 
 REPLACEMENT_TRIES = 20
@@ -70,33 +70,31 @@ class Pictures(Dataset[Batch]):
         images = torch.zeros((len(items), size, size, 3), dtype=torch.uint8)
         labels = torch.zeros(len(items), dtype=torch.int64)
         weights = torch.tensor([item.weight for item in items], dtype=torch.float32)
-        unreadable: list[Broken] = []
-        for place, item in enumerate(items):
-            picture, label = self._read(item, unreadable)
-            labels[place] = label
-            if picture is None:
-                weights[place] = 0.0
-            else:
-                images[place] = picture.permute(1, 2, 0)
         index = torch.tensor([item.row for item in items])
         draws = torch.tensor([item.draw for item in items])
+        seeds = crop_seeds(self.seed, items[0].epoch, draws.numpy())
+        unreadable: list[Broken] = []
+        for item, seed, image, place in zip(items, seeds, images, range(len(items)), strict=True):
+            picture, labels[place] = self._read(item, unreadable)
+            if picture is None:
+                weights[place] = 0.0
+            elif self.augment == "none":
+                self.crop.center(picture, out=image)
+            else:
+                self.crop.random(picture, self.augment, seed, out=image)
         gone = why_gone(self.folder) if unreadable and self.folder else None
         return Batch(images.permute(0, 3, 1, 2), labels, weights, index, draws, items[0].epoch, unreadable, gone)
 
     def _read(self, item: Item, unreadable: list[Broken]) -> tuple[Tensor | None, int]:
+        """The picture of an item, or the next readable one, or None; and its label."""
         for offset in range(REPLACEMENT_TRIES if self.replace_unreadable else 1):
             number = (item.row + offset) % len(self.rows)
             row = item.content if item.content and not offset else self.rows[number]
             try:
-                return self._cut(decode(_source(row), min_side=self.crop.size), item), int(row["label"])
+                return decode(_source(row), min_side=self.crop.size), int(row["label"])
             except UnreadableImage as error:
                 unreadable.append(Broken(number, image_name(row, number), error.reason))
         return None, int(row["label"])
-
-    def _cut(self, picture: Tensor, item: Item) -> Tensor:
-        if self.augment == "none":
-            return self.crop.center(picture)
-        return self.crop.random(picture, self.augment, crop_seed(self.seed, item.epoch, item.draw))
 
 
 def _source(row: Mapping[str, Any]) -> bytes | str:
