@@ -20,6 +20,7 @@ def find_lr(command: Command) -> None:
     from functools import partial
 
     from tuning import session
+    from tuning.caching import with_cache
     from tuning.engine import Step
     from tuning.entering import enter_stage
     from tuning.errors import UserError
@@ -48,6 +49,7 @@ def find_lr(command: Command) -> None:
     speaker = Speaker(accelerator.is_main_process)
     data, model, info = data_and_model(accelerator, flags, command.stages)
     plan = plan_stages(accelerator, command, data, model, info)
+    data = with_cache(accelerator, flags, data, plan, info, dry=run.dry_run)
     number = chosen_stage(plan, finder.stage)
     planned = plan[number]
     search = search_for(planned, finder)

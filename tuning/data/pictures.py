@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tuning.data.broken import Broken, why_gone
+from tuning.data.cached import CachedRows
 from tuning.data.images import UnreadableImage, decode
 from tuning.data.sampling import Item
 from tuning.data.sources import image_name
@@ -49,7 +50,7 @@ class Pictures(Dataset[Batch]):
     """Decodes and crops whole micro-batches; stateless, so any worker may make any of them.
 
     Attributes:
-        rows: dataset with the columns ``image`` (encoded) and ``label``.
+        rows: dataset with the columns ``image`` (encoded) and ``label``; of `CachedRows` pictures are taken as kept.
         augment: ``none`` = the evaluation crop, else the strength of `Crop.random`.
         replace_unreadable: training takes the next readable picture instead; evaluation sets the weight to 0.
         folder: that all pictures lie in; None where they are no files of their own.
@@ -87,14 +88,22 @@ class Pictures(Dataset[Batch]):
 
     def _read(self, item: Item, unreadable: list[Broken]) -> tuple[Tensor | None, int]:
         """The picture of an item, or the next readable one, or None; and its label."""
+        label = 0
         for offset in range(REPLACEMENT_TRIES if self.replace_unreadable else 1):
             number = (item.row + offset) % len(self.rows)
-            row = item.content if item.content and not offset else self.rows[number]
+            if isinstance(self.rows, CachedRows):
+                row, label = None, int(self.rows.labels[number])
+            else:
+                row = item.content if item.content and not offset else self.rows[number]
+                label = int(row["label"])
             try:
-                return decode(_source(row), min_side=self.crop.size), int(row["label"])
+                return self._picture(number, row), label
             except UnreadableImage as error:
-                unreadable.append(Broken(number, image_name(row, number), error.reason))
-        return None, int(row["label"])
+                unreadable.append(Broken(number, image_name(row or self.rows[number], number), error.reason))
+        return None, label
+
+    def _picture(self, number: int, row: Mapping[str, Any] | None) -> Tensor:
+        return self.rows.picture(number) if row is None else decode(_source(row), min_side=self.crop.size)  # type: ignore[no-any-return]
 
 
 def _source(row: Mapping[str, Any]) -> bytes | str:
