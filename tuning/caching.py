@@ -170,7 +170,7 @@ def _on_disk(parts: Sequence[_Part], folder: Path, pictures: str | None) -> dict
     if not locks_are_there():
         raise UserError("--cache needs file locks, which this system doesn't have. Leave it out.")
     stems = {part.name: folder / f"{part.name}-{_key(part, pictures)}" for part in parts}
-    return {name: Files(f"{stem}.index", f"{stem}.pixels") for name, stem in stems.items()}
+    return {name: Files(f"{stem}.records", f"{stem}.pixels") for name, stem in stems.items()}
 
 
 def _key(part: _Part, folder: str | None) -> str:

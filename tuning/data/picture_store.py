@@ -34,7 +34,7 @@ RECORD_BYTES = _RECORD.size + 8
 class Files(NamedTuple):
     """Paths of the two files of a store."""
 
-    index: str
+    records: str
     pixels: str
 
 
@@ -89,11 +89,13 @@ class PictureStore:
         self._open()
 
     def _open(self) -> None:
-        self._index, self._pixels = (FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+") for path in self._files)
-        size = self._pictures * RECORD_BYTES
-        if os.fstat(self._index.fileno()).st_size < size:
-            os.truncate(self._index.fileno(), size)
-        self._records = mmap.mmap(self._index.fileno(), size, prot=mmap.PROT_READ)
+        self._records, self._pixels = (
+            FileIO(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+") for path in self._files
+        )
+        size = max(1, self._pictures) * RECORD_BYTES
+        if os.fstat(self._records.fileno()).st_size < size:
+            os.truncate(self._records.fileno(), size)
+        self._table = mmap.mmap(self._records.fileno(), size, prot=mmap.PROT_READ)
         self._map: mmap.mmap | bytes = b""
         self._full = False
 
@@ -116,7 +118,7 @@ class PictureStore:
         if record.end > len(self._map):
             return None
         pixels = np.frombuffer(self._map, np.uint8, record.end - record.offset, record.offset)
-        if xxhash.xxh3_64_intdigest(pixels) != record.digest:
+        if xxhash.xxh3_64_intdigest(pixels.data) != record.digest:
             return None
         return pixels.reshape(record.height, record.width, 3)
 
@@ -125,7 +127,7 @@ class PictureStore:
         if self._full:
             return
         try:
-            with _locked(self._index):
+            with _locked(self._records):
                 if self.find(number, stamp) is None:
                     self._append(number, stamp, pixels)
         except OSError as error:
@@ -137,16 +139,16 @@ class PictureStore:
             self._give_up(f"its limit of {self._most / 1e9:.3g} GB is reached")
             return
         height, width, _ = pixels.shape
-        record = _Record(offset, height, width, stamp, xxhash.xxh3_64_intdigest(pixels))
+        record = _Record(offset, height, width, stamp, xxhash.xxh3_64_intdigest(pixels.data))
         try:
             _write(self._pixels, pixels.data.cast("B"), offset)
-            _write(self._index, memoryview(record.packed(number)), number * RECORD_BYTES)
+            _write(self._records, memoryview(record.packed(number)), number * RECORD_BYTES)
         except OSError:
             os.truncate(self._pixels.fileno(), offset)
             raise
 
     def _record(self, number: int) -> _Record | None:
-        content = self._records[number * RECORD_BYTES : (number + 1) * RECORD_BYTES]
+        content = self._table[number * RECORD_BYTES : (number + 1) * RECORD_BYTES]
         fields, check = content[: _RECORD.size], content[_RECORD.size :]
         if xxhash.xxh3_64_digest(fields, seed=number) != check:
             return None

@@ -13,7 +13,7 @@ from tuning.data.transforms import ASPECT, at_shorter_side
 
 @dataclass(frozen=True)
 class Reduction:
-    """Scales a picture once, before it is kept; every crop of it is then made smaller by its own resizing, or not at all.
+    """Scales a picture once, before it is kept: whatever is cut out of it later is still made smaller.
 
     A picture is kept as it is where even the smallest of the crops would be enlarged anyway.
 

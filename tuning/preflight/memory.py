@@ -155,7 +155,7 @@ def free_memory(accelerator: Accelerator) -> int:
     """Bytes that this process may still take: its share of what the machine, or the container, has left."""
     if accelerator.device.type == "cuda":
         return int(torch.cuda.mem_get_info(accelerator.device)[0])
-    return free_memory_of_machine() // accelerator.num_processes
+    return free_memory_of_machine() // int(accelerator.num_processes)
 
 
 def free_memory_of_machine() -> int:
