@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from plain_stages import plain_stage
+from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 
 from tuning import schedules
@@ -70,6 +72,30 @@ def test_ema_is_the_recursion_with_its_warm_up() -> None:
     assert name == "ema"
     for name, value in expected.items():
         assert torch.allclose(ema.state_dict()[name].double(), value, atol=1e-6), name
+
+
+def test_ema_of_a_partly_closed_model_is_timm_s_bit_for_bit() -> None:
+    """Closed layers are left alone only where the average has arrived at them."""
+    model = nn.Sequential(network(), network())
+    averages, progress = Averages(model, [planned()] * 3, 0.9), Progress()
+    reference = ModelEmaV3(copy.deepcopy(model), 0.9, use_warmup=True, dtype=torch.float32)
+    looked_at = []
+    for stage, opened in enumerate(((1,), (0, 1), (0,))):
+        progress.stage, progress.stage_step = stage, 0
+        for place, part in enumerate(model):
+            part.requires_grad_(place in opened).train(place in opened)
+        for _ in range(3):
+            progress.step += 1
+            for place in opened:
+                change(model[place], progress.step)
+            averages.update(model, progress)
+            reference.update(model, progress.step)
+        assert averages._moving is not None
+        looked_at.append(len(averages._moving[1].averaged))
+        (mine,) = averages.at(progress).values()
+        for name, value in reference.module.state_dict().items():
+            assert torch.equal(mine.state_dict()[name], value), (stage, name)
+    assert looked_at == [6, 12, 12], "the second part had not arrived when it was closed"
 
 
 @pytest.mark.parametrize(
