@@ -40,7 +40,11 @@ from tuning.data.tables import picture_dataset
 from tuning.data.transforms import CROP_AREA, Crop, random_box
 
 SIZE, BATCH, CROP_PCT = 224, 32, 0.875
-KINDS = [("light", "bicubic"), ("light", "bilinear"), ("strong", "bicubic")]  # strong: the crop alone, timm's own default
+KINDS = [
+    ("light", "bicubic"),
+    ("light", "bilinear"),
+    ("strong", "bicubic"),
+]  # strong: the crop alone, timm's own default
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
@@ -121,8 +125,8 @@ def compare(paths: list[str], strength: str, interpolation: str, folder: Path, r
     what = f"crops of {low:.0%} to {high:.0%}, {interpolation}"
     direct, kept = (likeness(paths, strength, interpolation, how) for how in (None, reduction))
     pixels = (
-        f"- {what}: {min(direct):.1f} dB at worst, median {np.median(direct):.1f}; from the cache {min(kept):.1f}, median "
-        f"{np.median(kept):.1f}, at {store.bytes_used / len(rows) / 1e3:.0f} kB a picture"
+        f"- {what}: {min(direct):.1f} dB at worst, median {np.median(direct):.1f}; from the cache {min(kept):.1f}, "
+        f"median {np.median(kept):.1f}, at {store.bytes_used / len(rows) / 1e3:.0f} kB a picture"
     )
     return [
         Row(f"{what}: ours / timm", ratio(times, "ours", "timm"), "<= 0.5", f"{ms['ours']}, {ms['timm']}"),

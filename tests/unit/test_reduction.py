@@ -10,6 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pictures import encode, noise
+from PIL import Image
 from torchvision.transforms import v2
 
 from tuning.data.images import decode
@@ -100,10 +101,22 @@ def test_a_jpeg_beyond_16_megapixels_keeps_what_its_crops_need() -> None:
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_resizing_is_pillows(interpolation: str) -> None:
+    """Noise is the hardest: every value is rounded twice. What is cut out of a larger picture, too."""
+    generator, mode = np.random.default_rng(0), Image.Resampling[interpolation.upper()]
+    for shape in [(375, 500), (500, 375), (300, 290), (300, 150), (230, 600), (90, 120), (120, 90), (300, 300)]:
+        whole = torch.from_numpy(generator.integers(0, 256, (*shape, 3), dtype=np.uint8))
+        part = whole[3:-5, 2:-1]
+        wanted = np.asarray(Image.fromarray(part.numpy()).resize((224, 224), mode), np.float64)
+        error = np.square(resize(part, 224, 224, INTERPOLATIONS[interpolation]).numpy() - wanted).mean()
+        assert error < 255**2 / 10**6.2, (shape, 10 * np.log10(255**2 / error))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_resizing_into_a_batch_is_torchvisions(interpolation: str) -> None:
-    """To the bit: whole pictures and parts of them, smaller and larger."""
+    """To the bit, where rows come first: whole pictures and parts of them, smaller and larger."""
     generator, mode = np.random.default_rng(0), INTERPOLATIONS[interpolation]
-    for shape in [(375, 500), (40, 30), (224, 225), (64, 64)]:
+    for shape in [(375, 500), (40, 30), (75, 225), (64, 64)]:
         whole = torch.from_numpy(generator.integers(0, 256, (*shape, 3), dtype=np.uint8))
         for part in (whole, whole[3:-5, 2:-1]):
             wanted = v2.functional.resize(part.permute(2, 0, 1), [64, 48], mode, antialias=True).permute(1, 2, 0)

@@ -22,9 +22,11 @@ def mode_of(interpolation: str) -> v2.InterpolationMode:
 
 
 def resize(picture: Tensor, height: int, width: int, mode: v2.InterpolationMode, out: Tensor | None = None) -> Tensor:
-    """``(H, W, 3)`` -> ``(height, width, 3)``, uint8, to the same pixels as torchvision's `resize`.
+    """``(H, W, 3)`` -> ``(height, width, 3)``, uint8, by torchvision's kernel in the order of Pillow.
 
     The kernel is called without torchvision's wrapping, which costs as much as half of it and can't write into *out*.
+    It scales rows first and rounds in between. Pillow (13) scales columns first where they lose more than twice as many
+    pixels; as it does, the two differ by 1 in few values, else in every fifth (72 and 55 dB).
 
     Args:
         picture: contiguous, or a part of such a picture.
@@ -36,6 +38,9 @@ def resize(picture: Tensor, height: int, width: int, mode: v2.InterpolationMode,
         return out.copy_(picture)
     if not _in_uint8(mode):
         return out.copy_(F.resize(picture.permute(2, 0, 1), [height, width], mode, antialias=True).permute(1, 2, 0))
+    before, across = picture.shape[:2]
+    if across != width and before - height > 2 * max(0, across - width):
+        picture = resize(picture, height, across, mode)
     source, target = (part.permute(2, 0, 1)[None] for part in (picture, out))  # in channels-last order, no copy
     _KERNELS[mode](source, [height, width], False, None, None, out=target)
     return out
