@@ -177,7 +177,8 @@ def _key(part: _Part, folder: str | None) -> str:
     """A digest of which pictures they are and what becomes of them."""
     rows = encoded(part.rows)
     files = [(file["filename"], os.stat(file["filename"])) for file in getattr(rows, "cache_files", ())]
-    about = FORMAT, part.reduction, _versions(), [(path, seen.st_size, seen.st_mtime_ns) for path, seen in files]
+    read = [(path, seen.st_size, seen.st_mtime_ns) for path, seen in files]
+    about = FORMAT, part.reduction, _versions(), read, folder and os.path.realpath(folder)
     _, sizes = paths_and_sizes(rows)
     table = pa.record_batch([names(rows, folder), pc.fill_null(sizes, -1)], ["name", "bytes"])
     return xxhash.xxh3_64_hexdigest(repr(about).encode() + memoryview(table.serialize()))

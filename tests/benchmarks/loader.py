@@ -10,8 +10,8 @@ The same JPEGs (500 x 375, made on the spot; or a folder of photos), the same ki
   on the device, once a batch);
 - cached: the same from a filled ``--cache``.
 
-Bars: ours <= 1/2 of timm's, cached <= 1/4. Every picture's crop is compared with PIL's crop and antialiased resize of the
-same part of the original: >= 55 dB at worst without a cache. What the second resize of the cache costs is shown beside.
+Bars: ours <= 1/2 of timm's, cached <= 1/4. Every picture's crop is compared with PIL's crop and antialiased resize of
+the same part of the original: >= 55 dB at worst without a cache. What the second resize of the cache costs is beside.
 """
 
 from __future__ import annotations
