@@ -37,6 +37,9 @@ SLACK = 1.25  # times the estimate at which a cache in memory stops to grow
 DECODERS = ("torch", "torchvision", "pillow", "simplejpeg")  # whose versions may change pixels
 
 
+_Found = tuple[str, str, dict[str, Files], list[int]]  # a problem, the sentence, the files, bytes of each part
+
+
 @dataclass(frozen=True)
 class _Part:
     """The training or the evaluation pictures.
@@ -44,7 +47,7 @@ class _Part:
     Attributes:
         name: ``train`` or ``eval``.
         reduction: what is done to them.
-        bytes: about how many they take then.
+        bytes: about how many they take then; of the machine's first process.
     """
 
     name: str
@@ -86,10 +89,12 @@ def with_cache(
             problem = str(error)
         except OSError as error:
             problem = f"--cache {kind}: {error.filename or folder}: {error.strerror}."
-    problem, note, places = _of_the_machine(accelerator, problem, note, places)
+    sizes = [part.bytes for part in parts]
+    problem, note, places, sizes = _of_the_machine(accelerator, (problem, note, places, sizes))
     data = replace(data, notes=(*data.notes, note))
     if dry:
         return data
+    parts = [replace(part, bytes=size) for part, size in zip(parts, sizes, strict=True)]
     kept = {part.name: _rows(part, places[part.name], holds, kind) for part in parts}
     accelerator.wait_for_everyone()  # until all have opened what the first process holds
     return replace(data, train=kept["train"], eval=kept["eval"])
@@ -126,16 +131,13 @@ def _estimated(rows: Table, reduction: Reduction) -> int:
     return round(total / max(1, len(numbers)) * len(rows))
 
 
-def _of_the_machine(
-    accelerator: Accelerator, problem: str, note: str, places: dict[str, Files]
-) -> tuple[str, str, dict[str, Files]]:
+def _of_the_machine(accelerator: Accelerator, found: _Found) -> _Found:
     """What the first process of this process's machine found; the first problem of any machine is raised everywhere."""
-    found = gather_object([(problem, note, places)])
-    problems = [one for one, _, _ in found if one]
+    every: list[_Found] = gather_object([found])
+    problems = [problem for problem, *_ in every if problem]
     if problems:
         raise UserError(problems[0])
-    mine: tuple[str, str, dict[str, Files]] = found[accelerator.process_index - accelerator.local_process_index]
-    return mine
+    return every[accelerator.process_index - accelerator.local_process_index]
 
 
 def _rows(part: _Part, files: Files, holds: tuple[FileIO, ...], kind: str) -> CachedRows:

@@ -223,7 +223,7 @@ def test_progress_of_another_type_is_refused(name: str, value: object) -> None:
         return
     assert getattr(taken, name) == value or value != value
     kind = type(getattr(Progress(), name))
-    optional = ("best", "best_step", "tracker_id", "searched", "lr", "micro_batch")
+    optional = ("best", "best_step", "stage_best", "tracker_id", "searched", "lr", "micro_batch")
     assert name in optional or isinstance(value, kind | int)
 
 

@@ -396,7 +396,7 @@ def test_missing_columns_and_labels_are_named(shards: Path, tmp_path: Path) -> N
 
 def test_what_can_not_be_streamed_is_refused(tmp_path: Path, shards: Path) -> None:
     write_classes(tmp_path / "photos", {"cat": 2, "dog": 2})
-    load(shards, streaming=False).eval.save_to_disk(tmp_path / "saved")
+    load(shards, streaming=False).eval.save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars/train-0.tar").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
