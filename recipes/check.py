@@ -24,6 +24,7 @@ def check(command: Command) -> None:
     import torch
 
     from tuning import session
+    from tuning.caching import with_cache
     from tuning.entering import enter_stage
     from tuning.errors import UserError
     from tuning.feeds import stage_feeds
@@ -55,6 +56,7 @@ def check(command: Command) -> None:
     speaker = Speaker(accelerator.is_main_process)
     data, model, info = data_and_model(accelerator, flags, command.stages)
     plan = plan_stages(accelerator, command, data, model, info)
+    data = with_cache(accelerator, flags, data, plan, info, dry=True)
     folder = run_folder.choose(run.output, "never", "check", data.name, session.same_everywhere(started))
     if accelerator.is_main_process:
         report.prepare(folder.path)

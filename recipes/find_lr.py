@@ -23,6 +23,7 @@ def find_lr(command: Command) -> None:
 
     import_tracker(command.flags.run)
     from tuning import session
+    from tuning.caching import with_cache
     from tuning.engine import Step
     from tuning.entering import enter_stage
     from tuning.errors import UserError
@@ -51,6 +52,7 @@ def find_lr(command: Command) -> None:
     speaker = Speaker(accelerator.is_main_process)
     data, model, info = data_and_model(accelerator, flags, command.stages)
     plan = plan_stages(accelerator, command, data, model, info)
+    data = with_cache(accelerator, flags, data, plan, info, dry=run.dry_run)
     number = chosen_stage(plan, finder.stage)
     planned = plan[number]
     search = search_for(planned, finder)

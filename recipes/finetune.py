@@ -30,6 +30,7 @@ def finetune(command: Command) -> None:
     from tuning.averaging.averages import Averages
     from tuning.averaging.norm_statistics import NormStatistics
     from tuning.averaging.snapshots import Snapshots, tell
+    from tuning.caching import with_cache
     from tuning.engine import train_steps
     from tuning.entering import enter_stage
     from tuning.feeds import StageFeeds, plain_feed, some_evaluation, stage_feeds
@@ -80,6 +81,7 @@ def finetune(command: Command) -> None:
 
     # 3. The plan, before anything is spent.
     plan = plan_stages(accelerator, command, data, model, info)
+    data = with_cache(accelerator, flags, data, plan, info, dry=run.dry_run)
     check_tracker(run.tracker)
     start = resuming.locate(accelerator, run, command.config, info.name, data.name, started)
     folder = start.folder

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tuning import session
+from tuning.caching import with_cache
 from tuning.cli.command_line import parse_command
 from tuning.data.sources import open_data
 from tuning.depth import open_names
@@ -77,6 +78,7 @@ def run_stages(*argv: str, threads: int = 1) -> StageRun:
         image_size=info.input_size,
         lr_scaling=flags.optimisation.lr_scaling,
     )
+    data = with_cache(accelerator, flags, data, plan, info)
     shard(accelerator, model)
     loss, clip, _ = objective(accelerator, flags, data)
     run, progress, entered = StageRun(states=[state_of(model)]), Progress(), None

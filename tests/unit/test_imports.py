@@ -25,7 +25,7 @@ LAYER_0 = listed(
         "cli": "command_line flag_parser plain_command coerce checks effects optimizer_defaults run_defaults outputs "
         "launcher ending",
         "comparison": "paired runs",
-        "data": "sampling local_order class_sampling splits",
+        "data": "sampling local_order class_sampling splits picture_store",
         "exporting": "preprocessing",
         "judging": "kept_predictions",
         "lr_search": "race ranges",
@@ -38,7 +38,7 @@ LAYER_0 = listed(
 )
 LAYER_2 = listed(
     {
-        "": "session precision entering engine feeds features sharding preparing frozen_choice",
+        "": "caching session precision entering engine feeds features sharding preparing frozen_choice",
         "analysis": "last_look finishing",
         "averaging": "norm_statistics averages snapshots",
         "judging": "evaluation gathering predicting",

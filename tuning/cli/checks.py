@@ -127,6 +127,11 @@ def _check_combinations(flags: Flags) -> None:
     if model.init == "zero":
         raise UserError("--init zero: a network of zeros gets no gradient. Choose kaiming, xavier or orthogonal.")
     _check_averages(flags)
+    if flags.batch.cache != "none" and flags.data.streaming:
+        raise UserError(
+            f"--cache {flags.batch.cache} keeps the decoded pictures of data at rest, --streaming reads data that is "
+            "too large for that. Leave one of the two out."
+        )
     if staging.cache_features and not staging.freeze_epochs:
         raise UserError("--cache-features is for the head-only epochs, but --freeze-epochs is 0. Raise it.")
 

@@ -25,6 +25,7 @@ NEEDS = {  # flag: what another flag must be for it to have an effect
     "lr_batch": ("lr_scaling", ("linear", "sqrt")),
     "focal_gamma": ("loss", ("focal",)),
     "color": ("augment", ("medium", "strong")),
+    "cache_folder": ("cache", ("disk",)),
 }
 GROUPS_OF_RECIPES = {
     "overfit": ("recipes/overfit.py",),

@@ -22,7 +22,7 @@ from datasets import Dataset
 from tuning.data.folders import shorten
 from tuning.data.sources import Data
 from tuning.data.streamed import StreamedRows
-from tuning.data.tables import Table, label_array
+from tuning.data.tables import Table, encoded, label_array
 from tuning.errors import UserError
 
 FILE = "data.parquet"
@@ -84,9 +84,10 @@ def differences(old_path: Path, new: pa.Table) -> str | None:
 
 def names(dataset: Table, folder: str | None) -> pa.Array:
     """A name for every row: the path of its picture below *folder*, or ``row N``."""
+    dataset = encoded(dataset)
     if isinstance(dataset, StreamedRows):
         return _named(pa.array(dataset.names(range(len(dataset))), pa.string()), folder)
-    paths, _ = _paths_and_sizes(dataset)
+    paths, _ = paths_and_sizes(dataset)
     return _named(paths, folder)
 
 
@@ -96,10 +97,11 @@ def _named(paths: pa.Array, folder: str | None) -> pa.Array:
 
 
 def _part(split: str, dataset: Table, data: Data, every: int) -> pa.Table:
+    dataset = encoded(dataset)
     if isinstance(dataset, StreamedRows):
         return _row_groups(split, dataset)
     rows = len(dataset)
-    paths, sizes = _paths_and_sizes(dataset)
+    paths, sizes = paths_and_sizes(dataset)
     labels = pa.DictionaryArray.from_arrays(pa.array(label_array(dataset), pa.int32()), pa.array(data.classes))
     columns = {
         "split": pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array([split])).cast(
@@ -124,7 +126,7 @@ def _row_groups(split: str, rows: StreamedRows) -> pa.Table:
     return pa.table(columns)
 
 
-def _paths_and_sizes(dataset: Dataset) -> tuple[pa.Array, pa.Array]:
+def paths_and_sizes(dataset: Dataset) -> tuple[pa.Array, pa.Array]:
     """Path and encoded size of every row, either null; the pictures themselves are not touched."""
     images = dataset.data.column("image")
     content, paths = (pc.struct_field(images, name) for name in ("bytes", "path"))

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tuning.data.broken import Broken, why_gone
+from tuning.data.cached import CachedRows
 from tuning.data.images import UnreadableImage, decode
 from tuning.data.sampling import Item
 from tuning.data.sources import image_name
-from tuning.data.transforms import Crop, crop_seed
+from tuning.data.transforms import Crop, crop_seeds
 from tuning.flags import AugmentName
 
 REPLACEMENT_TRIES = 20
@@ -49,7 +50,7 @@ class Pictures(Dataset[Batch]):
     """Decodes and crops whole micro-batches; stateless, so any worker may make any of them.
 
     Attributes:
-        rows: dataset with the columns ``image`` (encoded) and ``label``.
+        rows: dataset with the columns ``image`` (encoded) and ``label``; of `CachedRows` pictures are taken as kept.
         augment: ``none`` = the evaluation crop, else the strength of `Crop.random`.
         replace_unreadable: training takes the next readable picture instead; evaluation sets the weight to 0.
         folder: that all pictures lie in; None where they are no files of their own.
@@ -70,33 +71,39 @@ class Pictures(Dataset[Batch]):
         images = torch.zeros((len(items), size, size, 3), dtype=torch.uint8)
         labels = torch.zeros(len(items), dtype=torch.int64)
         weights = torch.tensor([item.weight for item in items], dtype=torch.float32)
-        unreadable: list[Broken] = []
-        for place, item in enumerate(items):
-            picture, label = self._read(item, unreadable)
-            labels[place] = label
-            if picture is None:
-                weights[place] = 0.0
-            else:
-                images[place] = picture.permute(1, 2, 0)
         index = torch.tensor([item.row for item in items])
         draws = torch.tensor([item.draw for item in items])
+        seeds = crop_seeds(self.seed, items[0].epoch, draws.numpy())
+        unreadable: list[Broken] = []
+        for item, seed, image, place in zip(items, seeds, images, range(len(items)), strict=True):
+            picture, labels[place] = self._read(item, unreadable)
+            if picture is None:
+                weights[place] = 0.0
+            elif self.augment == "none":
+                self.crop.center(picture, out=image)
+            else:
+                self.crop.random(picture, self.augment, seed, out=image)
         gone = why_gone(self.folder) if unreadable and self.folder else None
         return Batch(images.permute(0, 3, 1, 2), labels, weights, index, draws, items[0].epoch, unreadable, gone)
 
     def _read(self, item: Item, unreadable: list[Broken]) -> tuple[Tensor | None, int]:
+        """The picture of an item, or the next readable one, or None; and its label."""
+        label = 0
         for offset in range(REPLACEMENT_TRIES if self.replace_unreadable else 1):
             number = (item.row + offset) % len(self.rows)
-            row = item.content if item.content and not offset else self.rows[number]
+            if isinstance(self.rows, CachedRows):
+                row, label = None, int(self.rows.labels[number])
+            else:
+                row = item.content if item.content and not offset else self.rows[number]
+                label = int(row["label"])
             try:
-                return self._cut(decode(_source(row), min_side=self.crop.size), item), int(row["label"])
+                return self._picture(number, row), label
             except UnreadableImage as error:
-                unreadable.append(Broken(number, image_name(row, number), error.reason))
-        return None, int(row["label"])
+                unreadable.append(Broken(number, image_name(row or self.rows[number], number), error.reason))
+        return None, label
 
-    def _cut(self, picture: Tensor, item: Item) -> Tensor:
-        if self.augment == "none":
-            return self.crop.center(picture)
-        return self.crop.random(picture, self.augment, crop_seed(self.seed, item.epoch, item.draw))
+    def _picture(self, number: int, row: Mapping[str, Any] | None) -> Tensor:
+        return self.rows.picture(number) if row is None else decode(_source(row), min_side=self.crop.size)  # type: ignore[no-any-return]
 
 
 def _source(row: Mapping[str, Any]) -> bytes | str:

@@ -13,10 +13,11 @@ from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image
 from datasets.fingerprint import generate_random_fingerprint
 from datasets.table import InMemoryTable
 
+from tuning.data.cached import CachedRows
 from tuning.data.splits import Indices
 from tuning.data.streamed import StreamedRows
 
-Table: TypeAlias = Dataset | StreamedRows
+Table: TypeAlias = Dataset | StreamedRows | CachedRows
 AT_ONCE = 256  # rows whose encoded pictures pass through memory for their names
 
 
@@ -51,14 +52,23 @@ def picture_dataset(
 
 def take(dataset: Table, indices: Indices) -> Table:
     """The rows *indices* in that order; a table in memory is copied, which saves an index look-up at every access."""
-    if isinstance(dataset, StreamedRows):
-        return dataset.take(indices)
+    if isinstance(dataset, CachedRows):
+        return dataset.taken(_taken(dataset.rows, indices), indices)
+    return dataset.take(indices) if isinstance(dataset, StreamedRows) else _taken(dataset, indices)
+
+
+def _taken(dataset: Dataset, indices: Indices) -> Dataset:
     if isinstance(dataset.data, InMemoryTable):
         return _in_memory(dataset.data.table.take(pa.array(indices)), dataset.features)
     return dataset.select(indices, keep_in_memory=True)
 
 
-def in_memory(dataset: Table, classes: Sequence[str]) -> Dataset:
+def encoded(dataset: Table) -> Dataset | StreamedRows:
+    """The rows without the decoded pictures that may be kept of them."""
+    return dataset.rows if isinstance(dataset, CachedRows) else dataset
+
+
+def in_memory(dataset: Table, classes: Sequence[str]) -> Dataset | CachedRows:
     """Few streamed rows with their pictures, to be used again and again; another dataset as it is."""
     if not isinstance(dataset, StreamedRows):
         return dataset
@@ -69,7 +79,7 @@ def in_memory(dataset: Table, classes: Sequence[str]) -> Dataset:
 
 def label_array(dataset: Table) -> Indices:
     """The labels `(N,)` of a dataset with a `label` column, images untouched."""
-    if isinstance(dataset, StreamedRows):
+    if not isinstance(dataset, Dataset):
         return dataset.labels.astype(np.int64)
     labels, chosen = dataset.data.column("label"), dataset._indices  # asking the dataset takes 20x the time
     return np.asarray((labels if chosen is None else labels.take(chosen.column(0))).to_numpy(), dtype=np.int64)
@@ -84,6 +94,7 @@ def spread(dataset: Table, count: int) -> Indices:
 
 def names_of(dataset: Table, rows: Sequence[int] | Indices) -> list[str]:
     """The paths of the pictures in *rows* or, where they have none, ``row N``."""
+    dataset = encoded(dataset)
     if isinstance(dataset, StreamedRows):
         paths = dataset.names(rows)
     else:

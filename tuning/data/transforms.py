@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +13,23 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from tuning.data.resizing import mode_of, resize
 from tuning.data.sampling import uniform
 
 # Area of a random crop as fractions of the picture's.
 CROP_AREA = {"light": (0.7, 1.0), "medium": (0.35, 1.0), "strong": (0.08, 1.0)}
+ASPECT = (3 / 4, 4 / 3)  # width / height of a random crop
+_LOG_ASPECT = torch.log(torch.tensor(ASPECT)).tolist()
 FLIP_LEFT_RIGHT, FLIP_TOP_BOTTOM, CROP = range(3)  # streams of `uniform`
-INTERPOLATIONS = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.InterpolationMode.BICUBIC}
+
+
+class Box(NamedTuple):
+    """A part of a picture, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -37,22 +48,30 @@ class Crop:
     crop_pct: float
     operations: Callable[[Tensor], Tensor] | None = None
 
-    def center(self, image: Tensor) -> Tensor:
-        """Evaluation: shorter side to ``size / crop_pct``, then the centre. ``(H, W, 3)`` -> ``(3, size, size)``."""
-        scaled = F.resize(_planes(image), [math.floor(self.size / self.crop_pct)], self._mode, antialias=True)
-        return F.center_crop(scaled, [self.size, self.size])  # type: ignore[no-any-return]
+    def center(self, image: Tensor, out: Tensor | None = None) -> Tensor:
+        """Evaluation: shorter side to ``size / crop_pct``, then the centre. ``(H, W, 3)`` -> ``(3, size, size)``.
 
-    def random(self, image: Tensor, strength: str, seed: int) -> Tensor:
+        Args:
+            out: contiguous ``(size, size, 3)`` uint8 to write into; the result is a view of it.
+        """
+        height, width = at_shorter_side(image.shape[0], image.shape[1], self.shorter_side)
+        scaled = image if image.shape[:2] == (height, width) else resize(image, height, width, self._mode)
+        top, left = (round((side - self.size) / 2) for side in (height, width))
+        return self._square(scaled[top : top + self.size, left : left + self.size], out)
+
+    def random(self, image: Tensor, strength: str, seed: int, out: Tensor | None = None) -> Tensor:
         """Training: a random part of the picture (Szegedy et al. 2015). ``(H, W, 3)`` -> ``(3, size, size)``.
 
         The draws are a function of *seed*; this process's generators are left as they were.
+
+        Args:
+            out: as of `center`.
         """
-        planes = _planes(image)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            crop = v2.RandomResizedCrop(self.size, scale=CROP_AREA[strength], interpolation=self._mode, antialias=True)
-            cut = crop(planes)
-            return cut if self.operations is None else self.operations(cut)
+        if self.operations is None:
+            return self._random(image, strength, torch.Generator().manual_seed(seed), out)
+        with torch.random.fork_rng(devices=[]):  # operations draw from torch's own generator
+            cut = self.operations(self._random(image, strength, torch.manual_seed(seed)))
+        return cut if out is None else out.copy_(cut.permute(1, 2, 0)).permute(2, 0, 1)
 
     def resized(self, images: Tensor, size: int) -> Tensor:
         """A batch of such squares at *size* pixels, uint8, on its device."""
@@ -61,18 +80,55 @@ class Crop:
         return F.resize(images, [size, size], self._mode, antialias=True)  # type: ignore[no-any-return]
 
     @property
+    def shorter_side(self) -> int:
+        """That to which the evaluation scales a picture, in pixels."""
+        return math.floor(self.size / self.crop_pct)
+
+    def _random(self, image: Tensor, strength: str, generator: torch.Generator, out: Tensor | None = None) -> Tensor:
+        top, left, height, width = random_box(image.shape[0], image.shape[1], CROP_AREA[strength], generator)
+        return self._square(image[top : top + height, left : left + width], out)
+
+    def _square(self, part: Tensor, out: Tensor | None) -> Tensor:
+        return resize(part, self.size, self.size, self._mode, out).permute(2, 0, 1)
+
+    @property
     def _mode(self) -> v2.InterpolationMode:
-        return INTERPOLATIONS.get(self.interpolation, v2.InterpolationMode.BICUBIC)
+        return mode_of(self.interpolation)
 
 
-def _planes(image: Tensor) -> Tensor:
-    """``(H, W, 3)`` seen as ``(3, H, W)`` in channels-last order, without a copy."""
-    return image.permute(2, 0, 1)
+def at_shorter_side(height: int, width: int, side: int) -> tuple[int, int]:
+    """Height and width of a picture whose shorter side is scaled to *side* pixels, as torchvision rounds them."""
+    return (side, int(side * width / height)) if height <= width else (int(side * height / width), side)
+
+
+def random_box(height: int, width: int, area: tuple[float, float], generator: torch.Generator) -> Box:
+    """The part of a picture that torchvision's `RandomResizedCrop` takes, by the same draws from *generator*.
+
+    Its own code draws from the generator of the whole process, and costs as much as the resizing.
+
+    Args:
+        area: bounds of the part's share of the picture's area.
+    """
+    for _ in range(10):
+        pixels = height * width * torch.empty(1).uniform_(*area, generator=generator).item()
+        aspect = torch.empty(1).uniform_(*_LOG_ASPECT, generator=generator).exp_().item()
+        w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = (int(torch.randint(room + 1, (1,), generator=generator)) for room in (height - h, width - w))
+            return Box(top, left, h, w)
+    h = min(height, round(width / ASPECT[0]))  # the largest central part that is not too slim
+    w = min(width, round(height * ASPECT[1]))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def crop_seeds(seed: int, epoch: int, index: np.ndarray) -> list[int]:
+    """Seeds for `Crop.random` of images in one epoch, by their `Item.draw` in *index*."""
+    return [int(drawn) for drawn in uniform(seed, epoch, index, CROP) * 2**53]
 
 
 def crop_seed(seed: int, epoch: int, index: int) -> int:
-    """Seed for `Crop.random` of one image, with `Item.draw` *index*, in one epoch."""
-    return int(uniform(seed, epoch, np.array([index]), CROP)[0] * 2**53)
+    """The same for one image."""
+    return crop_seeds(seed, epoch, np.array([index]))[0]
 
 
 def random_flips(

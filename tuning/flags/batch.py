@@ -1,7 +1,7 @@
 """Flags of the group batch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Optional
 
 
 @dataclass(frozen=True)
@@ -18,3 +18,8 @@ class BatchFlags:
     batch_scaling: Literal["none", "area"] = "none"
     """area = a stage of smaller pictures than the last one takes a batch larger by the ratio of the areas, rounded to a
     whole multiple of --batch-size; --lr-scaling then applies to it."""
+    cache: Literal["none", "ram", "disk"] = "none"
+    """Keep decoded pictures, as small as all crops allow: ram = in memory, for the run; disk = in --cache-folder, also
+    for later runs (docs/cache.md)."""
+    cache_folder: Optional[str] = None
+    """Folder for --cache disk, on a local disk. Default: ~/.cache/fine-tuning."""

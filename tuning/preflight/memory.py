@@ -155,9 +155,13 @@ def free_memory(accelerator: Accelerator) -> int:
     """Bytes that this process may still take: its share of what the machine, or the container, has left."""
     if accelerator.device.type == "cuda":
         return int(torch.cuda.mem_get_info(accelerator.device)[0])
+    return free_memory_of_machine() // int(accelerator.num_processes)
+
+
+def free_memory_of_machine() -> int:
+    """Bytes that the machine, or the container, has left."""
     contained = [_left_in_container(Path(limit), key) for limit, key in _CONTAINERS]
-    left = [psutil.virtual_memory().available, *(value for value in contained if value is not None)]
-    return int(min(left) // accelerator.num_processes)
+    return int(min([psutil.virtual_memory().available, *(value for value in contained if value is not None)]))
 
 
 def _left_in_container(limit: Path, key: str) -> int | None:

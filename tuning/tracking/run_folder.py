@@ -26,7 +26,7 @@ except ImportError:  # Windows
 CONFIG, METRICS, SUMMARY, LOCK = "config.yaml", "metrics.jsonl", "summary.json", ".lock"
 # What may differ when a run goes on: none of it changes the optimisation.
 MAY_CHANGE = frozenset(
-    {"workers", "threads", "micro_batch", "log_every", "tracker", "project", "timeout"}
+    {"workers", "threads", "micro_batch", "log_every", "tracker", "project", "timeout", "cache_folder"}
     | {"save_every", "save_errors", "keep", "max_steps", "stop_after", "max_skipped", "max_unreadable"}
     | {"overfit_target", "overfit_steps", "overfit_stage", "replay"}
     | {"stage"}  # of find_lr.py
