@@ -137,7 +137,8 @@ def _of_the_machine(accelerator: Accelerator, found: _Found) -> _Found:
     problems = [problem for problem, *_ in every if problem]
     if problems:
         raise UserError(problems[0])
-    return every[accelerator.process_index - accelerator.local_process_index]
+    first: int = accelerator.process_index - accelerator.local_process_index
+    return every[first]
 
 
 def _rows(part: _Part, files: Files, holds: tuple[FileIO, ...], kind: str) -> CachedRows:
