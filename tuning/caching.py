@@ -73,24 +73,11 @@ def with_cache(
     kind, folder = flags.batch.cache, flags.batch.cache_folder
     if kind == "none":
         return data
-    problem, note, places = "", "", dict[str, Files]()
-    parts = _parts(data, plan, info, measure=accelerator.is_local_main_process)
-    holds: tuple[FileIO, ...] = ()
-    if accelerator.is_local_main_process:
-        try:
-            if kind == "ram":
-                note = _refuse_in_memory(parts)
-                places, holds = ({}, ()) if dry else _in_memory(parts)
-            else:
-                place = _root(folder) / data.name
-                places = _on_disk(parts, place, data.folder)
-                note = _refuse_on_disk(parts, places, place, dry)
-        except UserError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"--cache {kind}: {error.filename or folder}: {error.strerror}."
+    first = accelerator.is_local_main_process
+    parts = _parts(data, plan, info, measure=first)
+    (problem, note, places), holds = _place(kind, folder, data, parts, dry) if first else (("", "", {}), ())
     sizes = [part.bytes for part in parts]
-    problem, note, places, sizes = _of_the_machine(accelerator, (problem, note, places, sizes))
+    _, note, places, sizes = _of_the_machine(accelerator, (problem, note, places, sizes))
     data = replace(data, notes=(*data.notes, note))
     if dry:
         return data
@@ -98,6 +85,24 @@ def with_cache(
     kept = {part.name: _rows(part, places[part.name], holds, kind) for part in parts}
     accelerator.wait_for_everyone()  # until all have opened what the first process holds
     return replace(data, train=kept["train"], eval=kept["eval"])
+
+
+def _place(
+    kind: str, folder: str | None, data: Data, parts: Sequence[_Part], dry: bool
+) -> tuple[tuple[str, str, dict[str, Files]], tuple[FileIO, ...]]:
+    """A problem, or the sentence and the files of every part; and the open files that must be held."""
+    try:
+        if kind == "ram":
+            note = _refuse_in_memory(parts)
+            files, holds = ({}, ()) if dry else _in_memory(parts)
+            return ("", note, files), holds
+        place = _root(folder) / data.name
+        files = _on_disk(parts, place, data.folder)
+        return ("", _refuse_on_disk(parts, files, place, dry), files), ()
+    except UserError as error:
+        return (str(error), "", {}), ()
+    except OSError as error:
+        return (f"--cache {kind}: {error.filename or folder}: {error.strerror}.", "", {}), ()
 
 
 def reductions(plan: Sequence[StagePlan], info: ModelInfo) -> tuple[Reduction, Reduction]:
@@ -137,7 +142,7 @@ def _of_the_machine(accelerator: Accelerator, found: _Found) -> _Found:
     problems = [problem for problem, *_ in every if problem]
     if problems:
         raise UserError(problems[0])
-    first: int = accelerator.process_index - accelerator.local_process_index
+    first = int(accelerator.process_index - accelerator.local_process_index)
     return every[first]
 
 

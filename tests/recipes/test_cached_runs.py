@@ -53,7 +53,7 @@ def test_a_cached_run_resumed_within_an_epoch_is_the_same_run(large: Path, finet
     assert (tmp_path / "run" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
     changed = finetune(*flags, "--output", "run", "--resume", "auto")
     assert changed.returncode == 2
-    assert "--cache was disk, now none" in changed.stderr
+    assert "--cache was 'disk', now 'none'" in changed.stderr
 
 
 @pytest.mark.slow
