@@ -62,7 +62,7 @@ def cpu_seconds(*argv: str) -> float:
 
 @pytest.mark.parametrize("argv", [("--help",), ("--modle", "x"), ("--print-config",)])
 def test_answers_at_once(argv: tuple[str, ...]) -> None:
-    """A busy machine stretches CPU time too: two and a half times what the parsers' own imports take is also good enough."""
+    """A busy machine stretches CPU time too: 2.5 times what the parsers' own imports take is also good enough."""
     spent = []
     for _ in range(TRIES):
         spent.append(cpu_seconds("recipes/finetune.py", *argv))
