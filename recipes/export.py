@@ -35,7 +35,7 @@ def export(command: Command) -> None:
     from tuning.models import model_card
     from tuning.models.card_metrics import judged_metrics
     from tuning.session import cpu_cores, keep_freed_memory
-    from tuning.tracking import track
+    from tuning.tracking import weights_and_biases
     from tuning.tracking.console import Speaker
     from tuning.tracking.hardware import hardware
 
@@ -60,7 +60,7 @@ def export(command: Command) -> None:
         run.dry_run or publishing.check_login()
     tracker_run = publishing.tracker_run(found.run) if asked.push_wandb else None
     if tracker_run and not run.dry_run:
-        track.check_artifact()
+        weights_and_biases.check_artifact()
     limit = min(asked.check_images, flags.data.limit_eval or asked.check_images)
     data, _ = open_judged(replace(flags.data, limit_eval=limit), run.seed, flags.opened.run)
     labels = labels_for(data.eval, data, found.classes)
@@ -137,7 +137,7 @@ def export(command: Command) -> None:
     if asked.push:
         speaker.say(f"Uploaded to {publishing.push(asked.push, output)}")
     if tracker_run:
-        track.push_artifact(output, name, tracker_run, project, facts)
+        weights_and_biases.push_artifact(output, name, tracker_run, project, facts)
         speaker.say(f"Uploaded as artifact {name} of W&B run {tracker_run}.")
     speaker.say(f"Try it: python {output}/{bundle.EXAMPLE} PICTURE")
 

@@ -19,7 +19,7 @@ def find_lr(command: Command) -> None:
     from collections.abc import Iterable, Iterator, Mapping
     from functools import partial
 
-    from tuning.tracking.before_torch import import_tracker
+    from tuning.tracking.weights_and_biases import import_tracker
 
     import_tracker(command.flags.run)
     from tuning import session

@@ -20,7 +20,7 @@ def finetune(command: Command) -> None:
     # The flags are known to be right by now; only here torch is imported.
     from functools import partial
 
-    from tuning.tracking.before_torch import import_tracker
+    from tuning.tracking.weights_and_biases import import_tracker
 
     import_tracker(command.flags.run)
     from tuning import session

@@ -21,7 +21,7 @@ def overfit(command: Command) -> None:
     Takes the flags of recipes/finetune.py. Everything that makes a batch harder to learn is off, however its flags
     stand.
     """
-    from tuning.tracking.before_torch import import_tracker
+    from tuning.tracking.weights_and_biases import import_tracker
 
     import_tracker(command.flags.run)
     from tuning import session

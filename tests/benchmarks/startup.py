@@ -117,7 +117,7 @@ def child(what: str, *arguments: str, env: dict[str, str] | None = None) -> list
 def first_step(argv: Sequence[str]) -> None:
     """Run the recipe up to its first optimizer step; seconds to the first forward pass of training, and to the step."""
     from tuning.cli.command_line import parse_command
-    from tuning.tracking.before_torch import import_tracker
+    from tuning.tracking.weights_and_biases import import_tracker
 
     import_tracker(parse_command(argv, RECIPE, "", ROOT / "recipes" / "presets").flags.run)
     from torch.nn.modules.module import register_module_forward_pre_hook

@@ -55,7 +55,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, coloured: Path) -> Path:
         "exporting.publishing",
         "exporting.comparison",
         "exporting.report",
-        "tracking.track",
+        "tracking.weights_and_biases",
     ):
         import_module(f"tuning.{module}")
     for module in ("torch.onnx", "onnxscript", "tuning.judging.prediction_files", "tuning.judging.top_classes"):

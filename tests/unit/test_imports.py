@@ -32,7 +32,7 @@ LAYER_0 = listed(
         "preflight": "findings",
         "safety": "interrupts heartbeat echoes manifest",
         "searching": "spaces space_files commands launching studies results starting",
-        "tracking": "before_torch run_folder summary records imbalance",
+        "tracking": "weights_and_biases run_folder summary records imbalance",
         "flags": " ".join(path.stem for path in (ROOT / "tuning/flags").glob("[a-z]*.py")),
     }
 )
@@ -126,4 +126,4 @@ def test_wandb_is_used_in_one_module() -> None:
         named = {node.id for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Name)}
         if "wandb" in named | packages(path):
             used.add(path.name)
-    assert used == {"track.py", "before_torch.py"}
+    assert used == {"weights_and_biases.py"}

@@ -13,7 +13,7 @@ import wandb
 from tuning.errors import UserError
 from tuning.exporting import publishing
 from tuning.exporting.publishing import artifact_name, check_login, check_repository, push, tracker_run, upload_lines
-from tuning.tracking import track
+from tuning.tracking import weights_and_biases
 
 REAL = huggingface_hub.HfApi
 
@@ -158,7 +158,7 @@ def test_an_artifact_continues_the_training_run(monkeypatch: pytest.MonkeyPatch,
         return run
 
     monkeypatch.setattr(wandb, "init", init)
-    track.push_artifact(bundle, "run-onnx", "abc123", "fine-tuning", {"format": "onnx"})
+    weights_and_biases.push_artifact(bundle, "run-onnx", "abc123", "fine-tuning", {"format": "onnx"})
     assert asked == {"project": "fine-tuning", "id": "abc123", "resume": "must"}
     assert run.logged is not None
     assert (run.logged.name, run.logged.type, run.logged.metadata) == ("run-onnx", "model", {"format": "onnx"})
@@ -171,18 +171,18 @@ def test_a_refused_artifact_is_one_message(monkeypatch: pytest.MonkeyPatch, bund
 
     monkeypatch.setattr(wandb, "init", init)
     with pytest.raises(UserError, match=r"run abc123 .*doesn't exist.*The export is complete.*wandb sync"):
-        track.push_artifact(bundle, "run-onnx", "abc123", "fine-tuning", {})
+        weights_and_biases.push_artifact(bundle, "run-onnx", "abc123", "fine-tuning", {})
 
 
 def test_an_artifact_needs_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="--push-wandb continues the training run"):  # WANDB_MODE is offline in tests
-        track.check_artifact()
+        weights_and_biases.check_artifact()
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr(wandb, "login", lambda prompt: False)
     with pytest.raises(UserError, match="wandb login"):
-        track.check_artifact()
+        weights_and_biases.check_artifact()
     monkeypatch.setattr(wandb, "login", lambda prompt: True)
-    track.check_artifact()
+    weights_and_biases.check_artifact()
 
 
 def test_nothing_is_asked_of_a_person() -> None:

@@ -2,31 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 from tuning.analysis.overview import Case, Overview
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A table, and how it is drawn.
-
-    Attributes:
-        name: of the curve or table, such as ``analysis/mistakes``.
-        columns, rows: cells are text, numbers, or a JPEG as bytes; None where there is nothing.
-        drawn_as: name of one of W&B's Vega charts; empty = the table itself is shown.
-        fields: what the chart calls its columns -> ours.
-        title: of the chart.
-    """
-
-    name: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-    drawn_as: str = ""
-    fields: Mapping[str, str] = field(default_factory=dict)
-    title: str = ""
+from tuning.tracking.weights_and_biases import Chart
 
 
 def charts(overview: Overview | None) -> list[Chart]:

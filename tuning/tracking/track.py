@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import math
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, WandBTracker
 from accelerate.utils import broadcast_object_list
-from PIL import Image
 
-from tuning.analysis.charts import Chart
 from tuning.cli.checks import flat
 from tuning.cli.command_line import Command
 from tuning.engine import Step
@@ -27,9 +22,11 @@ from tuning.errors import UserError
 from tuning.flags import RunFlags
 from tuning.progress import Progress
 from tuning.safety.numerical_faults import NumericalFaults
+from tuning.tracking import weights_and_biases
 from tuning.tracking.records import RecordFile, read_records
 from tuning.tracking.run_folder import RunFolder
 from tuning.tracking.tracker_history import history
+from tuning.tracking.weights_and_biases import Chart
 
 TrackerName = Literal["wandb", "tensorboard", "none"]
 
@@ -163,45 +160,13 @@ class Curves:
     def finish(self, summary: Mapping[str, Any], plots: Path, charts: Sequence[Chart] = ()) -> None:
         """Hand the summary, the pictures in the folder *plots* and the error analysis to W&B; rank 0 only."""
         if isinstance(self._tracker, WandBTracker):
-            import wandb
-
-            pictures = {f"plots/{path.stem}": wandb.Image(str(path)) for path in sorted(plots.glob("*.png"))}
-            self._tracker.run.log(pictures)
-            self._tracker.run.summary.update(_flat(summary))
-            _log_charts(self._tracker.run, charts)
+            weights_and_biases.log_results(self._tracker.run, summary, plots, charts)
 
     def _speed(self, images: int) -> float:
         now = time.perf_counter()
         seconds, self._window_start = now - self._window_start, now
         self._trained = (self._trained[0] + images, self._trained[1] + seconds)
         return images / seconds
-
-
-def _log_charts(run: Any, charts: Sequence[Chart]) -> None:
-    try:
-        run.log({chart.name: _drawn(chart) for chart in charts})
-    except Exception as error:  # their pictures go through a folder of W&B's own; the run is complete without them
-        print(f"warning: W&B lacks the error analysis: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-
-
-def _drawn(chart: Chart) -> Any:
-    """The table for W&B, its pictures included, or the chart of it."""
-    import wandb
-
-    def cell(value: Any) -> Any:
-        return wandb.Image(Image.open(io.BytesIO(value)), file_type="jpg") if isinstance(value, bytes) else value
-
-    table = wandb.Table(columns=list(chart.columns), data=[[cell(value) for value in row] for row in chart.rows])
-    if not chart.drawn_as:
-        return table
-    return wandb.plot_table(chart.drawn_as, table, dict(chart.fields), {"title": chart.title})
-
-
-def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in summary.items():
-        flat |= {f"{key}/{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
-    return flat
 
 
 def memory_gb() -> float:
@@ -244,7 +209,7 @@ def open_tracker(
         return None
     settings: dict[str, Any] = {}
     if name == "wandb" and accelerator.is_main_process:
-        settings = {"wandb": _wandb_settings(folder, run.run_name, progress.tracker_id)}
+        settings = {"wandb": weights_and_biases.settings(folder.path, run.run_name, progress.tracker_id)}
     elif name == "tensorboard" and progress.step:
         settings = {"tensorboard": {"purge_step": progress.step}}
     accelerator.project_configuration.set_directories(str(folder.path))
@@ -253,9 +218,7 @@ def open_tracker(
     accelerator.init_trackers(run.project, config=shown, init_kwargs=settings)
     tracker = accelerator.get_tracker(name)
     if name == "wandb" and accelerator.is_main_process:
-        tracker.run.define_metric("*", step_metric="step")
-        for loss in ("loss", "race_loss"):
-            tracker.run.define_metric(f"lr_finder/{loss}", step_metric="lr_finder/log10_lr")
+        weights_and_biases.name_axes(tracker.run)
     return tracker  # type: ignore[no-any-return]
 
 
@@ -263,62 +226,3 @@ def tracker_id(accelerator: Accelerator, tracker: GeneralTracker | None) -> str 
     """W&B's id of the run, on every process; None without W&B."""
     own = tracker.run.id if isinstance(tracker, WandBTracker) and accelerator.is_main_process else None
     return broadcast_object_list([own])[0]  # type: ignore[no-any-return]
-
-
-def check_artifact() -> None:
-    """Refuse to begin what ends with an upload to W&B that can't be made.
-
-    Raises:
-        UserError: W&B is offline or has no login.
-    """
-    if os.environ.get("WANDB_MODE", "online") != "online" or not _logged_in():
-        raise UserError(
-            "--push-wandb continues the training run, which W&B does online only, and here it has no login or is "
-            "offline: run wandb login (and unset WANDB_MODE). --dry-run needs neither."
-        )
-
-
-def push_artifact(folder: Path, name: str, run_id: str, project: str, facts: Mapping[str, Any]) -> None:
-    """Upload *folder* as a version of the artifact *name*, made by the training run *run_id*: that is its lineage.
-
-    Raises:
-        UserError: W&B refused; the export is complete.
-    """
-    import wandb
-
-    try:
-        with wandb.init(project=project, id=run_id, resume="must") as run:
-            artifact = wandb.Artifact(name, type="model", metadata=dict(facts))
-            artifact.add_dir(str(folder))
-            run.log_artifact(artifact).wait()
-    except (wandb.Error, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"--push-wandb: W&B didn't take the artifact of run {run_id} ({reason}). The export is complete in "
-            f"{folder}. A run that was tracked offline must be uploaded first: wandb sync."
-        ) from error
-
-
-def _wandb_settings(folder: RunFolder, run_name: str | None, run_id: str | None) -> dict[str, Any]:
-    os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("WANDB_DATA_DIR", str(folder.path.resolve() / "wandb"))  # pictures of tables, until uploaded
-    offline = "WANDB_MODE" not in os.environ and not _logged_in()
-    return {
-        "dir": str(folder.path),
-        "name": run_name or folder.path.resolve().name,
-        "id": run_id,
-        "resume": "allow" if run_id else None,
-        "mode": "offline" if offline else None,
-    }
-
-
-def _logged_in() -> bool:
-    """Whether W&B takes this run online; False without a login, and where it can't be reached or refuses the key."""
-    import wandb
-
-    try:
-        return bool(wandb.login(prompt=False))
-    except wandb.Error as error:
-        reason = " ".join(str(error).split())
-        print(f"note: W&B runs offline ({reason}); wandb sync uploads the run later.", file=sys.stderr)
-        return False
