@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tests.benchmarks.paired import Row, ratio
 
 LAYOUTS = {"plain weights": torch.contiguous_format, "channels-last weights": torch.channels_last}
 
@@ -49,3 +51,15 @@ def forwards(model: nn.Module, layout: torch.memory_format, images: Tensor) -> C
 
     seconds(1)
     return seconds
+
+
+def shown(times: Mapping[str, list[float]], name: str) -> str:
+    """The fastest of a job's rounds."""
+    return f"{1e3 * min(times[name]):.0f} ms"
+
+
+def other_layouts(times: Mapping[str, list[float]], best: str) -> list[Row]:
+    """A row for each layout that was not the *best*."""
+    return [
+        Row(f"{name} : {best}", ratio(times, best, name), "", shown(times, name)) for name in LAYOUTS if name != best
+    ]

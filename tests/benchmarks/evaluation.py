@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks import ceiling
+from tests.benchmarks.ceiling import shown
 from tests.benchmarks.paired import Row, paired, ratio, table
 from tests.benchmarks.photos import write_photos
-from tests.benchmarks.steps import RECIPE, ROOT, flags, shown
+from tests.benchmarks.steps import RECIPE, ROOT, flags
 from tuning import session
 from tuning.cli.command_line import parse_command
 from tuning.data.loader import Micro
@@ -84,11 +85,7 @@ def measure(given: argparse.Namespace, scratch: Path, pairs: int) -> str:
             *("evaluation of batches in memory : forward alone", ratio(times, best, "ours"), ">= 0.9"),
             f"{shown(times, best)} with {best}, {shown(times, 'ours')}",
         ),
-        *(
-            Row(f"{name} : {best}", ratio(times, best, name), "", shown(times, name))
-            for name in ceilings
-            if name != best
-        ),
+        *ceiling.other_layouts(times, best),
         Row(
             *("evaluation of files : t_forward / (t_forward + t_load)", ratio(times, "bound", "from files"), ""),
             f"{shown(times, 'from files')}; t_load {shown(times, 'loading')}",

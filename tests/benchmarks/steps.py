@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks import ceiling
+from tests.benchmarks.ceiling import shown
 from tests.benchmarks.paired import Row, paired, ratio, table
 from tests.benchmarks.photos import write_photos
 from tests.benchmarks.saving import Resident
@@ -203,11 +204,7 @@ def measure(given: argparse.Namespace, scratch: Path, pairs: int, epoch: int) ->
             *("the loop on a batch in memory : ceiling", ratio(times, best, "ours"), ">= 0.97"),
             f"{shown(times, best)} with {best}, {shown(times, 'ours')}",
         ),
-        *(
-            Row(f"{name} : {best}", ratio(times, best, name), "", shown(times, name))
-            for name in ceilings
-            if name != best
-        ),
+        *ceiling.other_layouts(times, best),
         Row(
             *("recipe, the loader on a core of its own : ceiling of one thread",),
             *(ratio(end_to_end, "ceiling of a thread", "beside"), ">= 0.97", shown(end_to_end, "beside")),
@@ -220,11 +217,6 @@ def measure(given: argparse.Namespace, scratch: Path, pairs: int, epoch: int) ->
     ]
     what = f"{given.model}, {given.image_size} px, batch {batch}, fp32, {torch.get_num_threads()} threads"
     return table(f"Full fine-tuning against its ceiling: {what}", rows)
-
-
-def shown(times: dict[str, list[float]], name: str) -> str:
-    """The fastest of a job's rounds."""
-    return f"{1e3 * min(times[name]):.0f} ms"
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class _EpochBatches:
         self.shrunk_to: int | None = None
 
     def shrink(self) -> bool:
+        """Halve the micro-batches from here on; False if they have one image."""
         smaller = self.order.batch.smaller
         if smaller is None:
             return False

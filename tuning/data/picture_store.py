@@ -55,9 +55,11 @@ class _Record(NamedTuple):
 
     @property
     def end(self) -> int:
+        """Byte behind its pixels."""
         return self.offset + self.height * self.width * 3
 
     def packed(self, number: int) -> bytes:
+        """As it stands in the file of records."""
         content = _RECORD.pack(self.offset, self.height, self.width, *self.stamp, self.digest)
         return content + xxhash.xxh3_64_digest(content, seed=number)
 

@@ -42,6 +42,7 @@ class WithNormalisation(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
+        """Normalise on the device, then the model."""
         scaled = images.to(torch.float32) * self.get_buffer("scale") + self.get_buffer("shift")
         logits: Tensor = self.model(scaled)
         return logits

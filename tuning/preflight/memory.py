@@ -129,6 +129,7 @@ class _Whole(FeatureFeed):
     """Batches that fit as they are or not at all: the engine would go on with smaller ones."""
 
     def shrink(self) -> bool:
+        """Refuse, as memory does."""
         raise torch.OutOfMemoryError(f"{self.order.batch.micro_batch} pictures don't fit")
 
 

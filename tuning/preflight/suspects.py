@@ -71,11 +71,13 @@ class _Named:
     def finding(
         self, kind: str, severity: Severity, message: str, split: str, row: int, others: Sequence[Seen] = ()
     ) -> Finding:
+        """What was found in a row, with its label and the names of the others."""
         label = self._data.classes[self.labels[split][row]]
         names = tuple(f"{other.split}: {self.name(other.split, other.row)}" for other in others[:OTHERS_NAMED])
         return Finding(kind, severity, message, self.name(split, row), split, row, label, names)
 
     def name(self, split: str, row: int) -> str:
+        """By which a person finds it."""
         return names_of(self._data.train if split == "train" else self._data.eval, [row])[0]
 
 
