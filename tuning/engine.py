@@ -97,17 +97,22 @@ def train_steps(
                 grad_norm = _update(accelerator, entered, clip, mean_loss, before)
             order, place = feed.order, (progress.epoch, in_epoch)
             ends_epoch = in_epoch == per_epoch - 1
-            progress.step += 1
-            progress.stage_step += 1
-            progress.images += images
-            progress.epoch += ends_epoch
-            progress.micro_batch = feed.shrunk_to or progress.micro_batch
+            _count(progress, images, ends_epoch, feed.shrunk_to)
             epoch = progress.epoch + (0.0 if ends_epoch else (in_epoch + 1) / per_epoch)
             ends_stage = progress.stage_step == total
             lrs, size = entered.lrs, feed.image_size(step)
             yield Step(
                 progress.step, epoch, images, order, place, mean_loss, grad_norm, lrs, ends_epoch, ends_stage, size
             )
+
+
+def _count(progress: Progress, images: int, ends_epoch: bool, shrunk_to: int | None) -> None:
+    """One more optimizer step has been made, of *images* images."""
+    progress.step += 1
+    progress.stage_step += 1
+    progress.images += images
+    progress.epoch += ends_epoch
+    progress.micro_batch = shrunk_to or progress.micro_batch
 
 
 def _attempt(

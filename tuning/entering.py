@@ -85,18 +85,12 @@ def enter_stage(
     Raises:
         UserError: a depth the model doesn't have.
     """
-    stage, decay = planned.stage, planned.layer_decay
+    stage = planned.stage
     if before is not None:
         _forget_wrapper(accelerator, before.wrapped)
         lay_back(before.laid_out)
     set_open(model, open_names(model, stage.open))
-    if before is not None and stage.keeps_optimizer_of(before.stage):
-        optimizer = before.optimizer
-        set_peak_lrs(optimizer.param_groups, stage.lr, decay)
-    else:
-        groups = param_groups(model, lr=stage.lr, layer_decay=decay, weight_decay=stage.weight_decay)
-        accelerator._optimizers.clear()
-        optimizer = accelerator.prepare_optimizer(create_optimizer(stage.optimizer, groups, stage.momentum))
+    optimizer = _optimizer(accelerator, model, planned, before)
     trained = HeadOnly(model) if stage.cache_features else model
     synchronise(model, False)  # on a CPU DDP refuses to wrap such layers, without need
     lower = lowered(trained, level_of(accelerator))
@@ -104,7 +98,7 @@ def enter_stage(
         lower = called(lower, planned.forward)
     wrapped = accelerator.prepare_model(lower, evaluation_mode=is_sharded(model))
     factor = stage.factor(planned.steps_per_epoch)
-    entered = Entered(stage, model, trained, wrapped, optimizer, factor, decay, forward=planned.forward)
+    entered = Entered(stage, model, trained, wrapped, optimizer, factor, planned.layer_decay, forward=planned.forward)
     entered.laid_out = lay_out(model, planned.forward)
     entered.train_mode()
     entered.statistics = running_statistics(model)
@@ -112,6 +106,19 @@ def enter_stage(
     synchronise(model, entered.synchronised)
     start_momentum(optimizer.optimizer)
     return entered
+
+
+def _optimizer(
+    accelerator: Accelerator, model: nn.Module, planned: StagePlan, before: Entered | None
+) -> AcceleratedOptimizer:
+    """That of the stage before at the new peak LRs, if the stage keeps it; else a fresh one over all groups."""
+    stage, decay = planned.stage, planned.layer_decay
+    if before is not None and stage.keeps_optimizer_of(before.stage):
+        set_peak_lrs(before.optimizer.param_groups, stage.lr, decay)
+        return before.optimizer
+    groups = param_groups(model, lr=stage.lr, layer_decay=decay, weight_decay=stage.weight_decay)
+    accelerator._optimizers.clear()
+    return accelerator.prepare_optimizer(create_optimizer(stage.optimizer, groups, stage.momentum))
 
 
 def _forget_wrapper(accelerator: Accelerator, wrapped: nn.Module) -> None:
