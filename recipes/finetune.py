@@ -30,6 +30,7 @@ def finetune(command: Command) -> None:
     from tuning.averaging.averages import Averages
     from tuning.averaging.norm_statistics import NormStatistics
     from tuning.averaging.snapshots import Snapshots, tell
+    from tuning.budget import within_minutes
     from tuning.caching import with_cache
     from tuning.engine import train_steps
     from tuning.entering import enter_stage
@@ -81,6 +82,8 @@ def finetune(command: Command) -> None:
 
     # 3. The plan, before anything is spent.
     plan = plan_stages(accelerator, command, data, model, info)
+    command, data, plan = within_minutes(accelerator, command, data, model, info, plan)
+    flags = command.flags
     data = with_cache(accelerator, flags, data, plan, info, dry=run.dry_run)
     check_tracker(run.tracker)
     start = resuming.locate(accelerator, run, command.config, info.name, data.name, started)

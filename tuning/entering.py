@@ -87,8 +87,7 @@ def enter_stage(
     """
     stage = planned.stage
     if before is not None:
-        _forget_wrapper(accelerator, before.wrapped)
-        lay_back(before.laid_out)
+        leave_stage(accelerator, before)
     set_open(model, open_names(model, stage.open))
     optimizer = _optimizer(accelerator, model, planned, before)
     trained = HeadOnly(model) if stage.cache_features else model
@@ -106,6 +105,12 @@ def enter_stage(
     synchronise(model, entered.synchronised)
     start_momentum(optimizer.optimizer)
     return entered
+
+
+def leave_stage(accelerator: Accelerator, entered: Entered) -> None:
+    """Take the wrapper off the model, and put closed weights back into their own layout."""
+    _forget_wrapper(accelerator, entered.wrapped)
+    lay_back(entered.laid_out)
 
 
 def _optimizer(

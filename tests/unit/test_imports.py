@@ -20,10 +20,10 @@ def listed(folders: dict[str, str]) -> tuple[str, ...]:
 
 LAYER_0 = listed(
     {
-        "": "errors stages progress schedules sizes lr_curve patience stage_checks stage_lists",
+        "": "errors minutes stages progress schedules sizes lr_curve patience stage_checks stage_lists",
         "analysis": "mistakes",
-        "cli": "command_line flag_parser plain_command coerce checks effects optimizer_defaults run_defaults outputs "
-        "launcher ending",
+        "cli": "command_line choices lengths flag_parser plain_command coerce checks effects optimizer_defaults "
+        "run_defaults outputs launcher ending",
         "comparison": "paired runs",
         "data": "sampling local_order class_sampling splits picture_store",
         "exporting": "preprocessing",
@@ -38,7 +38,7 @@ LAYER_0 = listed(
 )
 LAYER_2 = listed(
     {
-        "": "caching session precision entering engine feeds features sharding preparing frozen_choice",
+        "": "budget caching session precision entering engine feeds features sharding preparing frozen_choice",
         "analysis": "last_look finishing",
         "averaging": "norm_statistics averages snapshots",
         "judging": "evaluation gathering predicting",

@@ -89,7 +89,7 @@ def _check_numbers(values: Mapping[str, Any]) -> None:
     check("give a share in (0, 1], for example 0.1", lambda x: 0 < x <= 1, "finder_share")
     check("give 0, or a whole number from 10", lambda x: x == 0 or x >= 10, "finder_race")
     check("give a share in [0, 1], for example 0.01", lambda x: 0 <= x <= 1, "max_unreadable")
-    check("give minutes above 0, for example 90", above_0, "stop_after")
+    check("give minutes above 0, for example 90", above_0, "stop_after", "max_minutes")
     check("give 10^9 bytes above 0, for example 2", above_0, "shuffle_gb")
     check("give a ratio of sides from 1, for example 4", lambda x: 1 <= x < math.inf, "max_aspect")
     check("give millions of pixels above 0, for example 50", above_0, "max_megapixels")
@@ -127,6 +127,7 @@ def _check_combinations(flags: Flags) -> None:
     if model.init == "zero":
         raise UserError("--init zero: a network of zeros gets no gradient. Choose kaiming, xavier or orthogonal.")
     _check_averages(flags)
+    _check_minutes(flags)
     if flags.batch.cache != "none" and flags.data.streaming:
         raise UserError(
             f"--cache {flags.batch.cache} keeps the decoded pictures of data at rest, --streaming reads data that is "
@@ -134,6 +135,22 @@ def _check_combinations(flags: Flags) -> None:
         )
     if staging.cache_features and not staging.freeze_epochs:
         raise UserError("--cache-features is for the head-only epochs, but --freeze-epochs is 0. Raise it.")
+
+
+def _check_minutes(flags: Flags) -> None:
+    """What has a length that minutes can't settle."""
+    if flags.run.max_minutes is None:
+        return
+    given = f"--max-minutes {flags.run.max_minutes:g}"
+    if flags.optimisation.lr == "auto":
+        raise UserError(
+            f"{given} and --lr auto: how long the search takes follows from the epochs, and they from what it leaves. "
+            "Find the rate with recipes/find_lr.py and give it as a number."
+        )
+    if flags.run.max_steps is not None:
+        raise UserError(
+            f"{given} and --max-steps {flags.run.max_steps} both say when the run ends. Give one of the two."
+        )
 
 
 def _check_averages(flags: Flags) -> None:

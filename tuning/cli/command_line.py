@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 from tuning.cli import launcher
 from tuning.cli.checks import check_flags, flat
-from tuning.cli.coerce import coerce, field_types, named_file, read_yaml, shown
+from tuning.cli.choices import choose
+from tuning.cli.coerce import as_key, coerce, field_types, named_file, read_yaml, shown
 from tuning.cli.effects import refuse_sampling, refuse_without_effect
 from tuning.cli.ending import explained, rank, recorded, report, say, say_stopped
 from tuning.cli.flag_parser import parse_flags
@@ -44,6 +45,7 @@ NOT_IN_CONFIG = (
     "run_name",
     "resume",
     "stop_after",
+    "max_minutes",
     "dry_run",
     "preset",
     "config",
@@ -61,11 +63,18 @@ class Command:
         flags: every flag.
         stages: the stages that the flags mean.
         config: both as YAML text, the content of ``config.yaml``.
+        asked: the flags before what follows from the optimizer was filled in.
+        listed, where: the list of stages in a file, if there is one, and the file's name.
+        chosen: a sentence for everything that was left to `choices.choose`.
     """
 
     flags: Flags
     stages: tuple[Stage, ...]
     config: str
+    asked: Flags
+    listed: list[Any] | None
+    where: str
+    chosen: tuple[str, ...]
 
 
 Recipe = Callable[[Command], None]
@@ -117,7 +126,10 @@ def parse_command(argv: Sequence[str], name: str, description: str, presets: Pat
     check_flags(flags)
     stages = resolve_stages(flags, listed, where)
     refuse_without_effect(flags, default, stages, listed, where, name)
-    return Command(resolved(flags), stages, dump(flags, listed))
+    flags, chosen = choose(flags, values.keys() | _typed(argv), listed)
+    if chosen:
+        stages = resolve_stages(flags, listed, where)
+    return Command(resolved(flags), stages, dump(flags, listed), flags, listed, where, chosen)
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
@@ -129,6 +141,11 @@ def _joined(argv: Sequence[str]) -> list[str]:
         else:
             words.append(word)
     return words
+
+
+def _typed(argv: Sequence[str]) -> set[str]:
+    """Names of the flags in *argv*, with ``_`` for ``-``."""
+    return {as_key(word[2:].partition("=")[0]) for word in argv if word.startswith("--")}
 
 
 def _typed_decay_wins(flags: Flags, default: Flags) -> Flags:

@@ -226,6 +226,8 @@ def _check_opening(flags: Flags, typed: Sequence[str], recipe: str) -> None:
 def _owners(flags: Flags, key: str, recipe: str, stages: Sequence[Stage]) -> tuple[str, ...]:
     """The recipes that a flag is for; *recipe* itself if it is for all."""
     searches = any(stage.find_lr for stage in stages) and recipe in ("recipes/finetune.py", "recipes/sweep.py")
+    if key == "max_minutes":
+        return ("recipes/finetune.py",)
     if key in ONLY_WITHIN_A_RUN:
         return (recipe if searches else "--lr auto of recipes/finetune.py",)
     if searches and key in vars(flags.finder) and key != "stage":

@@ -46,6 +46,9 @@ class RunFlags:
     --swa-epochs, ema with --ema-decay, else raw."""
     max_steps: Optional[int] = None
     """Stop after this many optimizer steps; the schedule is not shortened."""
+    max_minutes: Optional[float] = None
+    """Minutes that the whole run may take. Epochs are what fits, timed at the start, in the proportions of the stages,
+    and the schedule ends. Where nothing else is said the head starts fitted (docs/minutes.md)."""
     precision: Optional[Literal["fp32", "bf16", "fp16", "bf16-master", "bf16-pure"]] = None
     """Overrides `accelerate launch --mixed_precision`. bf16 and fp16 = autocast; bf16-master = weights in bf16 beside
     float32 ones; bf16-pure = bf16 alone, which loses small updates (docs/precision.md)."""

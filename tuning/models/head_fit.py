@@ -6,6 +6,8 @@ probing then fine-tuning, Kumar et al. 2022).
 
 from __future__ import annotations
 
+import time
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
@@ -19,6 +21,7 @@ from tuning.features import compute_features
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)  # strong to weak: each fit starts from the one before
 FOLDS = 3
 FOLD_ITERATIONS, FINAL_ITERATIONS = 25, 100
+TIMED_ROWS = 2048
 
 
 def fit_logistic(features: Tensor, labels: Tensor, class_weights: Tensor, seed: int) -> tuple[Tensor, Tensor, float]:
@@ -113,6 +116,22 @@ def fit_head(
     return float(broadcast_object_list([penalty])[0])
 
 
+def fit_seconds(model: nn.Module, images: int) -> float:
+    """About what `fit_logistic` takes on the features of *images* images: one evaluation of its loss is timed."""
+    classifier = linear_classifier(model)
+    rows, device = min(images, TIMED_ROWS), classifier.weight.device
+    inputs = torch.randn(rows, classifier.in_features, device=device)
+    labels, weights = torch.arange(rows, device=device) % classifier.out_features, torch.ones(classifier.out_features)
+    seconds = list[float]()
+    for _ in range(2):  # the first warms up
+        started = time.perf_counter()
+        start = torch.zeros(classifier.out_features, classifier.in_features + 1, device=device)
+        _minimise(inputs, labels, weights.to(device), PENALTIES[0], start, 2)
+        seconds.append(time.perf_counter() - started)
+    iterations = len(PENALTIES) * FOLD_ITERATIONS * (FOLDS - 1) + FINAL_ITERATIONS  # folds hold back one image in FOLDS
+    return seconds[-1] / 2 * iterations * images / rows
+
+
 def linear_classifier(model: nn.Module) -> nn.Linear:
     """The model's head, when it is one that can be fitted.
 
@@ -123,6 +142,6 @@ def linear_classifier(model: nn.Module) -> nn.Linear:
     if not isinstance(classifier, nn.Linear) or classifier.bias is None:
         raise UserError(
             f"the head of {type(model).__name__} is no single linear layer with a bias, so it can't be fitted. Leave "
-            "--head-init fitted out."
+            "--head-init fitted out, or give --head-init default."
         )
     return classifier

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from tuning import session
 from tuning.cli import launcher
+from tuning.cli.coerce import read_yaml
 from tuning.data.sources import Data
 from tuning.flags import RunFlags
 from tuning.progress import Progress
@@ -46,6 +47,15 @@ class Start:
     def progress(self) -> Progress:
         """Where the run stands; what happens to it stays with the caller."""
         return Progress.from_json(self.found.progress.to_json()) if self.found else Progress()
+
+
+def earlier_config(run: RunFlags) -> dict[str, Any] | None:
+    """``config.yaml`` of the run that goes on; None where none does. The same on every process, which all take part."""
+    output, resume = session.same_everywhere(launcher.first_start(run.output, run.resume, RUNS))
+    if resume == "never":
+        return None
+    path = run_folder.choose(output, resume, "", "", 0.0).path / run_folder.CONFIG
+    return session.same_everywhere(read_yaml(path, str(path)) if path.is_file() else None)
 
 
 def locate(accelerator: Accelerator, run: RunFlags, config: str, model: str, data: str, started: float) -> Start:

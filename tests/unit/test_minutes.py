@@ -1,0 +1,142 @@
+"""How much of a run fits into its minutes, and how a command takes the answer in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuning.cli.command_line import Command, parse_command
+from tuning.cli.lengths import Lengths, lengths_in, with_lengths
+from tuning.errors import UserError
+from tuning.minutes import MOST_EPOCHS, Costs, epochs_that_fit, images_that_fit
+
+PRESETS = Path(__file__).parents[2] / "recipes/presets"
+PLAIN = Costs(trained=(0.01,), passes=(0,), looked=0.002, fitted=0.0, judged=500, before=10.0, after=5.0)
+FITTED = Costs(trained=(0.01,), passes=(0,), looked=0.002, fitted=0.001, judged=500, before=10.0, after=5.0)
+
+SHORTER = "--freeze-epochs 1 --epochs 6 --limit-train 40 --unfreeze gradual"
+
+
+def parsed(*argv: str) -> Command:
+    return parse_command(argv, "recipes/finetune.py", "", PRESETS)
+
+
+def test_the_seconds_of_a_run() -> None:
+    assert PLAIN.seconds([3], 1000) == pytest.approx(10 + 3 * (10 + 1) + 1 + 5)
+    assert FITTED.seconds([3], 1000) == pytest.approx(10 + (2 + 1 + 1) + 3 * (10 + 1) + 1 + 5), "features, fit, a look"
+    cached = Costs((0.0, 0.01), (2, 0), 0.002, 0.0, 500, 10.0, 5.0)
+    assert cached.seconds([50, 3], 1000) == pytest.approx(10 + (2 * 2 + 1) + 3 * (10 + 1) + 1 + 5), (
+        "epochs cost nothing"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "epochs"), [(26.9, 1), (27, 1), (37.9, 1), (38.01, 2), (60.01, 4), (10_000, MOST_EPOCHS)]
+)
+def test_as_many_epochs_as_fit(seconds: float, epochs: int) -> None:
+    assert epochs_that_fit([10], PLAIN, 1000, seconds) == [epochs]
+
+
+def test_stages_keep_their_proportions_and_cached_ones_their_epochs() -> None:
+    costs = Costs((0.001, 0.01), (0, 0), 0.0, 0.0, 0, 0.0, 0.0)
+    assert epochs_that_fit([3, 10], costs, 1000, 3 + 100.01) == [3, 10]
+    assert epochs_that_fit([3, 10], costs, 1000, 6 + 200.01) == [6, 20]
+    assert epochs_that_fit([3, 10], costs, 1000, 12) == [1, 1]
+    cached = Costs((0.0, 0.01), (1, 0), 0.0, 0.0, 0, 0.0, 0.0)
+    assert epochs_that_fit([50, 10], cached, 1000, 40.01) == [50, 4]
+    assert epochs_that_fit([90], PLAIN, 1000, 100_000) == [90], "what was asked for is no limit"
+
+
+def test_less_than_an_epoch_is_fewer_images() -> None:
+    assert images_that_fit([1], PLAIN, 1000, 17 + 5.005) == 500
+    assert images_that_fit([1], PLAIN, 1000, 5.0) == 0
+    assert images_that_fit([1], PLAIN, 1000, 1000.0) == 1000
+
+
+@given(
+    outline=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    each=st.floats(1e-4, 0.1),
+    images=st.integers(1, 5000),
+    seconds=st.floats(1, 5000),
+)
+def test_what_fits_fits_and_one_more_does_not(outline: list[int], each: float, images: int, seconds: float) -> None:
+    stages = len(outline)
+    costs = Costs((each,) * stages, (0,) * stages, 0.001, 0.0, 300, 1.0, 1.0)
+    epochs = epochs_that_fit(outline, costs, images, seconds)
+    assert min(epochs) >= 1
+    if epochs != [1] * stages:
+        assert costs.seconds(epochs, images) <= seconds
+    if sum(epochs) < max(MOST_EPOCHS, sum(outline)):
+        cheapest = min(costs.seconds([n + (i == at) for i, n in enumerate(epochs)], images) for at in range(stages))
+        assert cheapest > seconds
+    if costs.seconds(epochs, images) > seconds:
+        kept = images_that_fit(epochs, costs, images, seconds)
+        assert kept == 0 or costs.seconds(epochs, kept) <= seconds * (1 + 1e-9)
+
+
+def test_lengths_go_into_the_command_and_come_back_from_its_config() -> None:
+    import yaml
+
+    asked = parsed("--data", "photos", "--freeze-epochs", "2", "--epochs", "9", "--unfreeze", "gradual")
+    lengths = Lengths.of(asked, [1, 1, 1, 2, 2], 40)
+    assert lengths == Lengths(1, 6, (), 40)
+    longer = with_lengths(asked, lengths)
+    typed = parsed("--data", "photos", *SHORTER.split())
+    assert (longer.flags, longer.stages, longer.config) == (typed.flags, typed.stages, typed.config)
+    assert lengths_in(yaml.safe_load(longer.config)) == lengths
+
+
+def test_lengths_of_listed_stages() -> None:
+    import yaml
+
+    asked = parsed("--preset", "progressive-resize", "--data", "photos")
+    longer = with_lengths(asked, Lengths.of(asked, [2, 1, 5], None))
+    assert [stage.epochs for stage in longer.stages] == [2, 1, 5]
+    assert [stage.lr for stage in longer.stages] == [stage.lr for stage in asked.stages]
+    assert lengths_in(yaml.safe_load(longer.config)).listed == (2, 1, 5)
+
+
+def test_what_minutes_choose_and_what_they_leave_alone() -> None:
+    free = parsed("--data", "photos", "--max-minutes", "2")
+    assert (free.flags.model.head_init, free.flags.staging.freeze_epochs) == ("fitted", 0)
+    assert [stage.name for stage in free.stages] == ["all"]
+    assert "--head-init fitted" in free.chosen[0]
+    for typed in (
+        "--freeze-epochs 3",
+        "--freeze_epochs=3",
+        "--weights none",
+        "--head-init default",
+        "--unfreeze gradual",
+    ):
+        kept = parsed("--data", "photos", "--max-minutes", "2", *typed.split())
+        assert (kept.flags.model.head_init, kept.flags.staging.freeze_epochs, kept.chosen) == ("default", 3, ()), typed
+    listed = parsed("--data", "photos", "--preset", "progressive-resize", "--max-minutes", "2")
+    assert (listed.flags.model.head_init, listed.chosen) == ("default", ())
+    assert parsed("--data", "photos").chosen == ()
+
+
+def test_the_minutes_are_not_part_of_what_a_run_is() -> None:
+    assert "max_minutes" not in parsed("--data", "photos", "--max-minutes", "2").config
+
+
+@pytest.mark.parametrize("recipe", ["find_lr", "overfit", "check", "sweep", "evaluate"])
+def test_other_recipes_have_no_length(recipe: str) -> None:
+    with pytest.raises(UserError, match=r"--max-minutes 2\.0 (is for recipes/finetune\.py and )?has no effect in"):
+        parse_command(("--data", "photos", "--max-minutes", "2"), f"recipes/{recipe}.py", "", PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--max-minutes 0", "minutes above 0"),
+        ("--max-minutes nan", "minutes above 0"),
+        ("--max-minutes 2 --lr auto", "--lr auto: how long the search takes"),
+        ("--max-minutes 2 --max-steps 10", "--max-steps 10 both say when the run ends"),
+    ],
+)
+def test_what_minutes_do_not_go_with(flags: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parsed("--data", "photos", *flags.split())

@@ -1,0 +1,76 @@
+"""How many epochs, or how many images, fit into a number of seconds. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MOST_EPOCHS = 40  # of stages that are made longer than they were
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a run takes, in seconds, as timed at its start.
+
+    Attributes:
+        trained: by stage, of an image in an optimizer step; 0 where features are cached.
+        passes: by stage, forward passes over the training images before its first step.
+        looked: of an image in a forward pass, with its loading.
+        fitted: of a training image in the fit of the head, after its features; 0 without.
+        judged: evaluation images times evaluations of each (raw and averaged weights).
+        before: of what comes before the first step whatever the lengths.
+        after: of what comes after the last evaluation.
+    """
+
+    trained: tuple[float, ...]
+    passes: tuple[int, ...]
+    looked: float
+    fitted: float
+    judged: int
+    before: float
+    after: float
+
+    def seconds(self, epochs: Sequence[int], images: float) -> float:
+        """Of the whole run.
+
+        Args:
+            epochs: of every stage.
+            images: training images.
+        """
+        evaluation = self.judged * self.looked
+        total = self.before + evaluation + self.after  # the last look at model/
+        if self.fitted:
+            total += images * (self.looked + self.fitted) + evaluation
+        for each, passes, length in zip(self.trained, self.passes, epochs, strict=True):
+            total += passes * images * self.looked
+            total += length * (images * each + evaluation) if each else evaluation
+        return total
+
+
+def epochs_that_fit(outline: Sequence[int], costs: Costs, images: int, seconds: float) -> list[int]:
+    """Epochs of every stage, in the proportions of *outline*: as many as fit, one each at least.
+
+    Stages on cached features keep theirs. What is made longer than the outline has `MOST_EPOCHS` at most.
+
+    Args:
+        outline: epochs of every stage as described.
+        images: training images.
+        seconds: that the whole run may take.
+    """
+    epochs = [1 if each else length for each, length in zip(costs.trained, outline, strict=True)]
+    timed = [number for number, each in enumerate(costs.trained) if each]
+    most = max(MOST_EPOCHS, sum(outline[number] for number in timed))
+    while timed and sum(epochs[number] for number in timed) < most:
+        behind = min(timed, key=lambda number: ((epochs[number] + 1) / outline[number], -number))
+        epochs[behind] += 1
+        if costs.seconds(epochs, images) > seconds:
+            epochs[behind] -= 1
+            break
+    return epochs
+
+
+def images_that_fit(epochs: Sequence[int], costs: Costs, images: int, seconds: float) -> int:
+    """Of *images* training images, as many as fit with these *epochs*; 0 if none."""
+    without = costs.seconds(epochs, 0)
+    share = (seconds - without) / (costs.seconds(epochs, images) - without)
+    return max(0, min(images, int(share * images)))
