@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,35 @@ def recipe_here(folder: Path, name: str, *flags: str) -> Finished:
         except SystemExit as end:
             return Finished(end.code if isinstance(end.code, int) else 1, out.getvalue(), err.getvalue())
     raise AssertionError("a recipe ends its process")
+
+
+def run_in_turn(folder: Path, runs: Sequence[Sequence[str]], limit: float = TIMEOUT_SECONDS) -> list[Finished]:
+    """`recipes/finetune.py` once for each list of flags, in *folder*, one after the other in one forked child.
+
+    Half the time of `run_forked` a run, for runs that train nothing: the child imports the recipe once.
+    """
+    _import_once()
+    import_after()
+    context: Any = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_in_turn, args=(theirs, folder, runs))
+    child.start()
+    theirs.close()
+    try:
+        assert ours.poll(limit), f"no answer in {limit:g} s"
+        answers: list[Finished] = ours.recv()
+        return answers
+    finally:
+        child.kill()
+        child.join()
+
+
+def _in_turn(answer: Any, folder: Path, runs: Sequence[Sequence[str]]) -> None:
+    done = []
+    for flags in runs:
+        forget_parent()
+        done.append(recipe_here(folder, "finetune", *flags))
+    answer.send(done)
 
 
 def _child(folder: Path, flags: tuple[str, ...], environment: dict[str, str | None]) -> None:
