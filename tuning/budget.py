@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -61,7 +62,7 @@ def within_minutes(
     asked, command = command.flags.data, with_lengths(command, lengths)
     if command.flags.data != asked:
         data = open_data(**vars(command.flags.data), seed=command.flags.run.seed)
-    data = replace(data, notes=(*data.notes, note, *command.chosen))
+    data = replace(data, notes=(*data.notes, note))
     return command, data, plan_stages(accelerator, command, data, model, info)
 
 
@@ -84,6 +85,7 @@ def _timed(
     some = f"{kept:,} of the {images:,} images, as more don't fit into one epoch" if kept < images else "all images"
     rates = ", ".join(f"{1 / each:.0f}" for each in costs.trained if each) or "none"
     note = f"--max-minutes {minutes:g}: epochs {passes} over {some}, about {total:.0f} s; timed {rates} images/s."
+    note += f" What no flag says is from {Path(command.where).name}." if command.where else ""
     return Lengths.of(command, epochs, kept if kept < images else command.flags.data.limit_train), note
 
 

@@ -99,23 +99,21 @@ def test_lengths_of_listed_stages() -> None:
     assert lengths_in(yaml.safe_load(longer.config)).listed == (2, 1, 5)
 
 
-def test_what_minutes_choose_and_what_they_leave_alone() -> None:
-    free = parsed("--data", "photos", "--max-minutes", "2")
-    assert (free.flags.model.head_init, free.flags.staging.freeze_epochs) == ("fitted", 0)
-    assert [stage.name for stage in free.stages] == ["all"]
-    assert "--head-init fitted" in free.chosen[0]
-    for typed in (
-        "--freeze-epochs 3",
-        "--freeze_epochs=3",
-        "--weights none",
-        "--head-init default",
-        "--unfreeze gradual",
-    ):
-        kept = parsed("--data", "photos", "--max-minutes", "2", *typed.split())
-        assert (kept.flags.model.head_init, kept.flags.staging.freeze_epochs, kept.chosen) == ("default", 3, ()), typed
-    listed = parsed("--data", "photos", "--preset", "progressive-resize", "--max-minutes", "2")
-    assert (listed.flags.model.head_init, listed.chosen) == ("default", ())
-    assert parsed("--data", "photos").chosen == ()
+def test_minutes_without_a_preset_take_the_quick_one() -> None:
+    plain, quick = (parsed("--data", "photos", *more) for more in ((), ("--preset", "quick")))
+    for typed in (("--max-minutes", "2"), ("--max_minutes=2",)):
+        chosen = parsed("--data", "photos", *typed)
+        assert (chosen.stages, chosen.config) == (quick.stages, quick.config)
+        assert chosen.where.endswith("quick.yaml")
+        assert parsed("--data", "photos", *typed, "--lr", "1e-4").stages[-1].lr == 1e-4, "the command line wins"
+    assert (
+        parsed("--data", "photos", "--max-minutes", "2", "--weights", "none").stages
+        == parsed("--data", "photos", "--weights", "none").stages
+    )
+    assert plain.where == ""
+    assert parsed("--max-minutes", "2").where.endswith("demo.yaml")
+    named = parsed("--data", "photos", "--preset", "progressive-resize", "--max-minutes", "2")
+    assert named.where.endswith("progressive-resize.yaml")
 
 
 def test_the_minutes_are_not_part_of_what_a_run_is() -> None:

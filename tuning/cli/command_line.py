@@ -14,8 +14,7 @@ from typing import Any, NoReturn
 
 from tuning.cli import launcher
 from tuning.cli.checks import check_flags, flat
-from tuning.cli.choices import choose
-from tuning.cli.coerce import as_key, coerce, field_types, named_file, read_yaml, shown
+from tuning.cli.coerce import coerce, field_types, named_file, read_yaml, shown
 from tuning.cli.effects import refuse_sampling, refuse_without_effect
 from tuning.cli.ending import explained, rank, recorded, report, say, say_stopped
 from tuning.cli.flag_parser import parse_flags
@@ -53,6 +52,7 @@ NOT_IN_CONFIG = (
 )
 COMMAND_LINE_ONLY = ("preset", "config", "print_config")
 DEMO_PRESET = "demo"
+MINUTES_PRESET = "quick"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,6 @@ class Command:
         config: both as YAML text, the content of ``config.yaml``.
         asked: the flags before what follows from the optimizer was filled in.
         listed, where: the list of stages in a file, if there is one, and the file's name.
-        chosen: a sentence for everything that was left to `choices.choose`.
     """
 
     flags: Flags
@@ -74,7 +73,6 @@ class Command:
     asked: Flags
     listed: list[Any] | None
     where: str
-    chosen: tuple[str, ...]
 
 
 Recipe = Callable[[Command], None]
@@ -126,10 +124,7 @@ def parse_command(argv: Sequence[str], name: str, description: str, presets: Pat
     check_flags(flags)
     stages = resolve_stages(flags, listed, where)
     refuse_without_effect(flags, default, stages, listed, where, name)
-    flags, chosen = choose(flags, values.keys() | _typed(argv), listed)
-    if chosen:
-        stages = resolve_stages(flags, listed, where)
-    return Command(resolved(flags), stages, dump(flags, listed), flags, listed, where, chosen)
+    return Command(resolved(flags), stages, dump(flags, listed), flags, listed, where)
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
@@ -143,11 +138,6 @@ def _joined(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _typed(argv: Sequence[str]) -> set[str]:
-    """Names of the flags in *argv*, with ``_`` for ``-``."""
-    return {as_key(word[2:].partition("=")[0]) for word in argv if word.startswith("--")}
-
-
 def _typed_decay_wins(flags: Flags, default: Flags) -> Flags:
     """A typed --layer-decay takes the place of a preset's --lr-ratio, and the other way round."""
     now, before = flags.optimisation, default.optimisation
@@ -159,13 +149,14 @@ def _typed_decay_wins(flags: Flags, default: Flags) -> Flags:
 
 
 def _read_file(argv: Sequence[str], presets: Path, recipe: str) -> tuple[dict[str, Any], list[Any] | None, str]:
-    """The YAML file that supplies defaults: --config, --preset, or for the demo without either its own preset.
+    """The YAML file that supplies defaults: --config, --preset, or without either the demo's or that of --max-minutes.
 
     Recipes that open a run take its data flags.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--config", "--preset", "--data", "--run"):
+    for flag in ("--config", "--preset", "--data", "--run", "--weights"):
         early.add_argument(flag)
+    early.add_argument("--max-minutes", "--max_minutes")
     try:
         given, _ = early.parse_known_args(list(argv))
     except argparse.ArgumentError:  # a flag without its value: the full parser says so
@@ -181,6 +172,8 @@ def _read_file(argv: Sequence[str], presets: Path, recipe: str) -> tuple[dict[st
         return values, None, where
     if given.data in (None, "demo"):
         return _load_yaml(presets / f"{DEMO_PRESET}.yaml", "--preset")
+    if given.max_minutes and given.weights != "none" and recipe == "recipes/finetune.py":
+        return _load_yaml(presets / f"{MINUTES_PRESET}.yaml", "--preset")
     return {}, None, ""
 
 
