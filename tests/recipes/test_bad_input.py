@@ -129,6 +129,37 @@ def test_refused_at_once(photos: Path, output: Path, flags: tuple[str, ...], wor
     assert_refused(typed("--data", str(photos), *TINY, "--output", str(output), *flags), words, output)
 
 
+@pytest.mark.parametrize("recipe", ["finetune", "compare"])
+def test_a_narrow_output_shows_escapes(tmp_path: Path, recipe: str) -> None:
+    """A log file on Windows can't hold every letter: what it lacks is escaped, and ends nothing."""
+    narrow = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    flags = ("--data", "猫") if recipe == "finetune" else ("猫", "犬")
+    command = [sys.executable, ROOT / "recipes" / f"{recipe}.py", *flags]
+    done = subprocess.run(command, cwd=tmp_path, env=narrow, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"error: ")
+    assert b"\\u732b" in done.stderr
+
+
+def test_a_class_name_that_the_log_cannot_hold_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the recipe prints passes through the streams that `run_recipe` has prepared."""
+    from tuning.cli.ending import allow_any_letters
+
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252", write_through=True))
+    allow_any_letters()
+    print("猫 ± ½")
+    assert written.getvalue() == b"\\u732b \xb1 \xbd\n"
+
+
+def test_a_printed_config_is_utf8_everywhere(tmp_path: Path) -> None:
+    narrow = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, RECIPE, "--data", "猫", "--print-config"]
+    done = subprocess.run(command, cwd=tmp_path, env=narrow, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "data: 猫\n".encode() in done.stdout
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
