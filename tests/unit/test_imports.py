@@ -122,6 +122,16 @@ def test_recipes_do_not_import_each_other() -> None:
         assert not packages(path) & {"recipes", "launch"}, path
 
 
+def test_the_picture_of_the_architecture_is_complete() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    picture = page[page.index("## Folders") : page.index("## Layers")]
+    modules = {path.stem for path in (ROOT / "tuning").glob("*.py")} - {"__init__", "errors"}
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")}
+    folders = {f"{path.parent.name}/" for path in (ROOT / "tuning").glob("*/__init__.py")}
+    assert {name for name in modules | recipes if not re.search(rf"\b{name}\b", picture)} == set()
+    assert {name for name in folders if name not in picture} == set()
+
+
 CALLED = {"pyyaml": "yaml", "pillow": "PIL"}  # distribution: package
 ONLY_IN_TESTS = {"test", "all"}
 NEVER_IMPORTED = {  # by the library
