@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def check(job: Job, place: Place) -> None:
     Raises:
         LaunchError: names the option, the value and the remedy.
     """
-    if job.gpus > count_gpus() and not Path("/dev/kfd").exists() and os.uname().sysname == "Linux":
+    if job.gpus > count_gpus() and not Path("/dev/kfd").exists() and sys.platform == "linux":
         raise LaunchError(f"--gpus-per-node is {job.gpus}; this machine has {count_gpus()} that a process may use.")
     if job.nodes == 1 and (place.rank is not None or place.address is not None):
         raise LaunchError("--machine-rank and --main-address need several machines: give --nodes, too.")

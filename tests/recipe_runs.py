@@ -34,7 +34,7 @@ def run_forked(
     folder: Path, *flags: str, environment: dict[str, str | None] | None = None, limit: float = TIMEOUT_SECONDS
 ) -> Finished:
     """`recipes/finetune.py` with *flags*, in *folder*, in a forked child: a second instead of a launch."""
-    _import_once()
+    import_once()
     log = folder / ".output"
     log.mkdir(exist_ok=True)
     context: Any = multiprocessing.get_context("fork")
@@ -50,7 +50,7 @@ def run_forked(
     return Finished(child.exitcode, *texts)
 
 
-def _import_once() -> None:
+def import_once() -> None:
     ours = ("feeds", "tracking.console", "tracking.plots", "tracking.track")
     for module in ("wandb", *(f"tuning.{name}" for name in ours)):
         importlib.import_module(module)

@@ -165,7 +165,8 @@ def _in_memory(parts: Sequence[_Part]) -> tuple[dict[str, Files], tuple[FileIO, 
     however it ended. Others open them by the number that they have in this process.
     """
     if not hasattr(os, "memfd_create"):
-        raise UserError("--cache ram needs Linux. Use --cache disk, whose files the system keeps in memory, too.")
+        other = "Use --cache disk, whose files the system keeps in memory, too" if locks_are_there() else "Leave it out"
+        raise UserError(f"--cache ram needs Linux. {other}.")
     files = {
         part.name: [FileIO(os.memfd_create(f"pictures-{part.name}"), "r+") for _ in Files._fields] for part in parts
     }

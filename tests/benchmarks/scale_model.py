@@ -207,15 +207,6 @@ def step(work: Work, world: int, cluster: Cluster, micro_steps: int = 1) -> Step
     )
 
 
-def efficiency(one: Step, many: Step, images_ratio: float = 1.0) -> float:
-    """Images/s of a GPU among many over those of a GPU alone.
-
-    Args:
-        images_ratio: images of a GPU in a step of *many* over those in a step of *one*.
-    """
-    return images_ratio * one.seconds / many.seconds
-
-
 def sent_by_ddp(work: Work, world: int) -> float:
     """Bytes that a GPU sends in a step: gradients of the open parameters, float32, all-reduced."""
     return 2 * (world - 1) / world * work.gradient_bytes

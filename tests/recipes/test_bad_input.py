@@ -129,6 +129,36 @@ def test_refused_at_once(photos: Path, output: Path, flags: tuple[str, ...], wor
     assert_refused(typed("--data", str(photos), *TINY, "--output", str(output), *flags), words, output)
 
 
+def test_a_class_that_the_log_cannot_spell_ends_no_run(tmp_path: Path) -> None:
+    """A log file on Windows can't hold every letter: what it lacks is escaped."""
+    write_classes(tmp_path / "photos" / "train", {"猫": 8, "dog": 8})
+    write_classes(tmp_path / "photos" / "val", {"猫": 4, "dog": 4})
+    narrow = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, RECIPE, "--data", "photos", *TINY, "--batch-size", "8", "--dry-run"]
+    done = subprocess.run(command, cwd=tmp_path, env=narrow, capture_output=True, timeout=240)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\u732b 8" in done.stdout
+
+
+def test_letters_that_an_output_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the recipe prints passes through the streams that `run_recipe` has prepared."""
+    from tuning.cli.ending import allow_any_letters
+
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252", write_through=True))
+    allow_any_letters()
+    print("猫 ± ½")
+    assert written.getvalue() == b"\\u732b \xb1 \xbd\n"
+
+
+def test_a_printed_config_is_utf8_everywhere(tmp_path: Path) -> None:
+    narrow = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, RECIPE, "--data", "猫", "--print-config"]
+    done = subprocess.run(command, cwd=tmp_path, env=narrow, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "data: 猫\n".encode() in done.stdout
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -223,6 +223,16 @@ def test_a_wandb_key_that_does_not_work_leaves_the_run_offline(photos: Path, tmp
     assert list((tmp_path / "run/wandb").glob("offline-run-*"))
 
 
+def test_a_run_is_named_and_filed_in_wandb_as_asked(photos: Path, finetune: Run, tmp_path: Path) -> None:
+    named = ("--project", "ripe-fruit", "--run-name", "first try")
+    done = finetune(
+        *("--data", str(photos), *SMALL, *named, "--freeze-epochs", "0", "--epochs", "1", "--output", "run")
+    )
+    assert done.returncode == 0, done.stderr
+    (record,) = (e["run"] for e in offline_wandb.entries(tmp_path / "run/wandb/latest-run") if e["type"] == "run")
+    assert (record["project"], record["display_name"]) == ("ripe-fruit", "first try")
+
+
 def test_tensorboard(photos: Path, finetune: Run, tmp_path: Path) -> None:
     done = finetune("--data", str(photos), *SMALL, *STAGES, "--output", "run", "--tracker", "tensorboard")
     assert done.returncode == 0, done.stderr

@@ -148,6 +148,19 @@ def test_a_part_of_the_rows_has_its_own_pictures(photos: Path) -> None:
     assert names_of(few, [0]) == names_of(kept.train, [9])
 
 
+@pytest.mark.parametrize(("locks", "remedy"), [(True, "Use --cache disk"), (False, "Leave it out")])
+def test_what_other_systems_lack_is_refused(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool, remedy: str
+) -> None:
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    monkeypatch.setattr(caching, "locks_are_there", lambda: locks)
+    with pytest.raises(UserError, match=rf"--cache ram needs Linux\. {remedy}"):
+        cached(opened(photos), "ram")
+    if not locks:
+        with pytest.raises(UserError, match="--cache needs file locks"):
+            cached(opened(photos), "disk", tmp_path)
+
+
 def test_a_run_knows_its_data_with_a_cache_or_without(photos: Path) -> None:
     data = opened(photos)
     assert fingerprint.index(cached(data, "ram")).equals(fingerprint.index(data))

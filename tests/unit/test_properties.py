@@ -136,7 +136,6 @@ def test_standard_stages_last_as_long_as_was_asked(frozen: int, epochs: int, unf
         check_stage(stage)
 
 
-FRACTIONS = st.floats(0, 1)
 EPOCHS = st.one_of(st.none(), st.floats(1e-6, 1e3))
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import functional as tv
 
-from tuning.data.transforms import CROP_AREA, Crop, Normalise, crop_seed, random_flips
+from tuning.data.transforms import CROP_AREA, Crop, Normalise, crop_seeds, random_flips
 
 SHAPES = [(300, 300), (500, 375), (375, 500), (64, 48), (1000, 200), (129, 131), (224, 224), (40, 90)]
 
@@ -91,9 +91,9 @@ def test_random_crops_keep_the_announced_area(strength: str) -> None:
 
 
 def test_crop_seeds_differ_between_images_epochs_and_runs() -> None:
-    seeds = {crop_seed(s, e, i) for s in range(5) for e in range(5) for i in range(100)}
+    seeds = {seed for s in range(5) for e in range(5) for seed in crop_seeds(s, e, np.arange(100))}
     assert len(seeds) == 2500
-    assert crop_seed(3, 2, 1) == crop_seed(3, 2, 1)
+    assert crop_seeds(3, 2, np.array([1])) == crop_seeds(3, 2, np.arange(5))[1:2], "whatever else is in the batch"
 
 
 def flipped(flip: str, seed: int, epoch: int, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from tuning.cli import launcher
 from tuning.cli.checks import check_flags, flat
 from tuning.cli.coerce import coerce, field_types, named_file, read_yaml, shown
 from tuning.cli.effects import refuse_sampling, refuse_without_effect
-from tuning.cli.ending import explained, rank, recorded, report, say, say_stopped
+from tuning.cli.ending import allow_any_letters, explained, print_yaml, rank, recorded, report, say, say_stopped
 from tuning.cli.flag_parser import parse_flags
 from tuning.cli.optimizer_defaults import defaults_of, resolved, resolved_stages
 from tuning.cli.run_defaults import OPENING, data_of_run
@@ -92,10 +92,11 @@ def run_recipe(recipe: Recipe, name: str, presets: Path) -> NoReturn:
     """
     interrupts.listen()
     launcher.end_with_launcher()
+    allow_any_letters()
     try:
         command = parse_command(sys.argv[1:], name, recipe.__doc__ or "", presets)
         if command.flags.run.print_config:
-            print(command.config, end="")
+            print_yaml(command.config)
         else:
             recorded(explained(partial(recipe, command), command.flags.run.output))()
     except UserError as error:

@@ -1,8 +1,9 @@
-"""How a command ends: which process speaks, and what is said of its error. Imports no torch."""
+"""What a command says, and how it ends: which process speaks, and what is said of its error. Imports no torch."""
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -80,6 +81,23 @@ def say_stopped(error: KeyboardInterrupt, remedy: str) -> None:
 def rank() -> int:
     """Of this process; 0 where there is one."""
     return int(os.environ.get("RANK", "0"))
+
+
+def allow_any_letters() -> None:
+    """Have letters that the output can't encode written as escapes, instead of ending the run over a class name.
+
+    A log file on Windows has the code page of its country; on Linux ``LC_ALL=C`` with UTF-8 mode off is as narrow.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_yaml(text: str) -> None:
+    """On stdout in UTF-8, as YAML is read, whatever else this machine writes."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+    print(text, end="")
 
 
 def say(text: str) -> None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
+from tuning.cli.ending import allow_any_letters
 from tuning.errors import UserError
 
 Asked = TypeVar("Asked")
@@ -21,6 +22,7 @@ def run_plain(recipe: Callable[[Asked], None], asked: type[Asked], name: str) ->
     """
     import tyro
 
+    allow_any_letters()
     try:
         recipe(tyro.cli(asked, args=sys.argv[1:], prog=name, description=recipe.__doc__))
     except UserError as error:

@@ -252,7 +252,7 @@ class FeatureFeed(_Feed):
 
     def __init__(self, features: Tensor, labels: Tensor, order: TrainOrder, more: Sequence[Tensor] = ()) -> None:
         self._batches = _EpochBatches(order)
-        self._features, self._labels, self._views = features, labels, (features, *more)
+        self._labels, self._views = labels, (features, *more)
 
     def epoch(self, epoch: int, first_step: int = 0, run_step: int = 0) -> Iterator[Micro]:
         """The micro-batches of an epoch from optimizer step *first_step* on."""

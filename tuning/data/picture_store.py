@@ -3,6 +3,8 @@
 Pixels are appended to one file under a lock; a record in a second file, written afterwards, says where they lie. Both
 the record and the pixels carry a checksum that is looked at whenever they are read. So whatever is killed at whatever
 moment, the process or the machine, a picture is either whole or not there.
+
+Not for Windows, which lacks the locks: who makes a store asks `locks_are_there` first.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ class PictureStore:
         size = max(1, self._pictures) * RECORD_BYTES
         if os.fstat(self._records.fileno()).st_size < size:
             os.truncate(self._records.fileno(), size)
-        self._table = mmap.mmap(self._records.fileno(), size, prot=mmap.PROT_READ)
+        self._table = mmap.mmap(self._records.fileno(), size, prot=mmap.PROT_READ)  # type: ignore[call-arg,attr-defined]
         self._map: mmap.mmap | bytes = b""
         self._full = False
 
@@ -169,21 +171,21 @@ class PictureStore:
 
 def _mapped(file: FileIO) -> mmap.mmap | bytes:
     size = os.fstat(file.fileno()).st_size
-    return mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) if size else b""
+    return mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) if size else b""  # type: ignore[call-arg,attr-defined]
 
 
 def _write(file: FileIO, content: memoryview, offset: int) -> None:
     """All of it: a single call may write less than it is asked for."""
     while content:
-        written = os.pwrite(file.fileno(), content, offset)
+        written = os.pwrite(file.fileno(), content, offset)  # type: ignore[attr-defined]
         content, offset = content[written:], offset + written
 
 
 @contextmanager
 def _locked(file: FileIO) -> Iterator[None]:
     """Hold the lock of a file, which belongs to this process alone and ends with it, however that ends."""
-    fcntl.lockf(file.fileno(), fcntl.LOCK_EX)
+    fcntl.lockf(file.fileno(), fcntl.LOCK_EX)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        fcntl.lockf(file.fileno(), fcntl.LOCK_UN)
+        fcntl.lockf(file.fileno(), fcntl.LOCK_UN)  # type: ignore[attr-defined]

@@ -126,11 +126,6 @@ def crop_seeds(seed: int, epoch: int, index: np.ndarray) -> list[int]:
     return [int(drawn) for drawn in uniform(seed, epoch, index, CROP) * 2**53]
 
 
-def crop_seed(seed: int, epoch: int, index: int) -> int:
-    """The same for one image."""
-    return crop_seeds(seed, epoch, np.array([index]))[0]
-
-
 def random_flips(
     images: Tensor, flip: Literal["none", "horizontal", "both"], seed: int, epoch: int, index: Tensor
 ) -> Tensor:

@@ -1,4 +1,7 @@
-"""A trial as a process of its own: started, followed by its ``metrics.jsonl``, stopped. Imports no torch."""
+"""A trial as a process of its own: started, followed by its ``metrics.jsonl``, stopped. Imports no torch.
+
+Linux and macOS only; `starting.refuse_to_start` says so before this is imported.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,7 @@ class Launched:
         if not is_done(self._folder):
             self._folder.summary.unlink(missing_ok=True)  # of an earlier start
         with (folder / LOG).open("ab") as log:
-            fcntl.flock(log, fcntl.LOCK_SH)  # of all who inherit the file
+            fcntl.flock(log, fcntl.LOCK_SH)  # type: ignore[attr-defined]  # of all who inherit the file
             self._log_start = log.tell()
             self._process = subprocess.Popen(
                 words,
@@ -177,7 +180,7 @@ def wait_until_free(folder: Path, seconds: float) -> bool:
 def _is_held(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[attr-defined]
     except BlockingIOError:
         return True
     except OSError:  # not there, or a file system without locks
@@ -199,7 +202,7 @@ def _family(pid: int) -> list[psutil.Process]:
 
 def _signal_group(leader: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader, number)
+        os.killpg(leader, number)  # type: ignore[attr-defined]
 
 
 def _end_with_us() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def save(figure: Any, path: Path, tight: bool = False) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         quick = {"compress_level": 1}  # a third of the time of a picture is its compression
-        figure.savefig(path, dpi=110, bbox_inches="tight" if tight else None, pil_kwargs=quick)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # its place in the picture shows it
+            figure.savefig(path, dpi=110, bbox_inches="tight" if tight else None, pil_kwargs=quick)
     except OSError as error:  # a full disk; no run shall end for a picture
         print(f"warning: {path} can't be written ({error.strerror}).", file=sys.stderr)
     finally:

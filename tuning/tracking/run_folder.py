@@ -157,7 +157,7 @@ def lock(folder: RunFolder) -> None:
     folder.path.mkdir(parents=True, exist_ok=True)
     file = (folder.path / LOCK).open("a")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[attr-defined]
     except OSError as error:
         file.close()
         if error.errno in (errno.EACCES, errno.EAGAIN):
