@@ -109,7 +109,7 @@ def run_in_turn(folder: Path, runs: Sequence[Sequence[str]], limit: float = TIME
 
     Half the time of `run_forked` a run, for runs that train nothing: the child imports the recipe once.
     """
-    _import_once()
+    import_once()
     import_after()
     context: Any = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)

@@ -20,6 +20,7 @@ from tuning.data.workers import WorkerLoader
 from tuning.errors import UserError
 from tuning.flags import AugmentName
 
+MOST_THREADS = 8  # beyond that the interpreter is what they wait for
 CHECK_EVERY = 32  # evaluation batches between looks at the number of unreadable pictures
 
 
@@ -71,6 +72,11 @@ class _EvalBatches:
 
     def __iter__(self) -> Iterator[list[Item]]:
         return to_evaluate(self.rows, self.order)
+
+
+def threads_beside(workers: int) -> int:
+    """Threads that make a batch: without workers those that train, which wait for it; one in a worker."""
+    return 1 if workers else min(MOST_THREADS, torch.get_num_threads())
 
 
 def _note(batch: Batch, unreadable: Unreadable) -> None:
@@ -141,7 +147,8 @@ class TrainFeed(_Feed):
         self._normalise, self._flip, self._device, self._mixing = normalise, flip, device, mixing
         self._crop, self._sizes = crop, tuple(sorted(sizes))
         self._batches = _EpochBatches(order, rows)
-        pictures = Pictures(rows, crop, augment, order.seed, replace_unreadable=True, folder=self.unreadable.folder)
+        folder, threads = self.unreadable.folder, threads_beside(workers)
+        pictures = Pictures(rows, crop, augment, order.seed, replace_unreadable=True, folder=folder, threads=threads)
         self._pictures = pictures
         self._loader = WorkerLoader(pictures, self._batches, workers, keep=True, pin=device.type == "cuda")
 
@@ -212,7 +219,8 @@ class EvalFeed:
     ) -> None:
         self.order, self.unreadable = order, unreadable or Unreadable()
         self._normalise, self._device = normalise, device
-        pictures = Pictures(rows, crop, "none", 0, replace_unreadable=False, folder=self.unreadable.folder)
+        folder, threads = self.unreadable.folder, threads_beside(workers)
+        pictures = Pictures(rows, crop, "none", 0, replace_unreadable=False, folder=folder, threads=threads)
         self._loader = WorkerLoader(pictures, _EvalBatches(order, rows), workers, keep=False, pin=device.type == "cuda")
 
     def __iter__(self) -> Iterator[Micro]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +23,13 @@ from tuning.data.transforms import Crop, crop_seeds
 from tuning.flags import AugmentName
 
 REPLACEMENT_TRIES = 20
+_one_at_a_time = threading.Lock()  # a dataset is not made for several threads, and a row costs little
+
+
+@cache
+def _pool(count: int, _process: int) -> ThreadPoolExecutor:
+    """Threads of this process; a forked one has none of its parent's."""
+    return ThreadPoolExecutor(count, "pictures")
 
 
 @dataclass
@@ -54,6 +65,7 @@ class Pictures(Dataset[Batch]):
         augment: ``none`` = the evaluation crop, else the strength of `Crop.random`.
         replace_unreadable: training takes the next readable picture instead; evaluation sets the weight to 0.
         folder: that all pictures lie in; None where they are no files of their own.
+        threads: that decode and crop a micro-batch together; the pictures are the same with any number.
     """
 
     rows: Any
@@ -62,6 +74,7 @@ class Pictures(Dataset[Batch]):
     seed: int
     replace_unreadable: bool
     folder: str | None = None
+    threads: int = 1
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,17 +87,32 @@ class Pictures(Dataset[Batch]):
         index = torch.tensor([item.row for item in items])
         draws = torch.tensor([item.draw for item in items])
         seeds = crop_seeds(self.seed, items[0].epoch, draws.numpy())
-        unreadable: list[Broken] = []
-        for item, seed, image, place in zip(items, seeds, images, range(len(items)), strict=True):
-            picture, labels[place] = self._read(item, unreadable)
-            if picture is None:
-                weights[place] = 0.0
-            elif self.augment == "none":
-                self.crop.center(picture, out=image)
-            else:
-                self.crop.random(picture, self.augment, seed, out=image)
+
+        mode = torch.is_inference_mode_enabled()
+
+        def make(place: int) -> list[Broken]:
+            unreadable: list[Broken] = []
+            with torch.inference_mode(mode):  # every thread has its own
+                picture, labels[place] = self._read(items[place], unreadable)
+                if picture is None:
+                    weights[place] = 0.0
+                elif self.augment == "none":
+                    self.crop.center(picture, out=images[place])
+                else:
+                    self.crop.random(picture, self.augment, seeds[place], out=images[place])
+            return unreadable
+
+        places = range(len(items))
+        made = _pool(self._threads, os.getpid()).map(make, places) if self._threads > 1 else map(make, places)
+        unreadable = [broken for found in made for broken in found]
         gone = why_gone(self.folder) if unreadable and self.folder else None
         return Batch(images.permute(0, 3, 1, 2), labels, weights, index, draws, items[0].epoch, unreadable, gone)
+
+    @property
+    def _threads(self) -> int:
+        """Threads that share a micro-batch: one where pictures are in a store, or draw from torch's own generator."""
+        alone = isinstance(self.rows, CachedRows) or (self.augment != "none" and self.crop.operations is not None)
+        return 1 if alone else self.threads
 
     def _read(self, item: Item, unreadable: list[Broken]) -> tuple[Tensor | None, int]:
         """The picture of an item, or the next readable one, or None; and its label."""
@@ -94,13 +122,17 @@ class Pictures(Dataset[Batch]):
             if isinstance(self.rows, CachedRows):
                 row, label = None, int(self.rows.labels[number])
             else:
-                row = item.content if item.content and not offset else self.rows[number]
+                row = item.content if item.content and not offset else self._row(number)
                 label = int(row["label"])
             try:
                 return self._picture(number, row), label
             except UnreadableImage as error:
-                unreadable.append(Broken(number, image_name(row or self.rows[number], number), error.reason))
+                unreadable.append(Broken(number, image_name(row or self._row(number), number), error.reason))
         return None, label
+
+    def _row(self, number: int) -> Mapping[str, Any]:
+        with _one_at_a_time:
+            return self.rows[number]  # type: ignore[no-any-return]
 
     def _picture(self, number: int, row: Mapping[str, Any] | None) -> Tensor:
         return self.rows.picture(number) if row is None else decode(_source(row), min_side=self.crop.size)  # type: ignore[no-any-return]
