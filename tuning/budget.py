@@ -58,7 +58,10 @@ def within_minutes(
     if config is None:
         lengths, note = _timed(accelerator, command, data, model, info, plan)
     else:
-        lengths, note = lengths_in(config), "--max-minutes: the run goes on with the epochs that it began with."
+        lengths, note = (
+            lengths_in(config, command),
+            "--max-minutes: the run goes on with the epochs that it began with.",
+        )
     asked, command = command.flags.data, with_lengths(command, lengths)
     if command.flags.data != asked:
         data = open_data(**vars(command.flags.data), seed=command.flags.run.seed)

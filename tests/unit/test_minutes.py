@@ -86,7 +86,7 @@ def test_lengths_go_into_the_command_and_come_back_from_its_config() -> None:
     longer = with_lengths(asked, lengths)
     typed = parsed("--data", "photos", *SHORTER.split())
     assert (longer.flags, longer.stages, longer.config) == (typed.flags, typed.stages, typed.config)
-    assert lengths_in(yaml.safe_load(longer.config)) == lengths
+    assert lengths_in(yaml.safe_load(longer.config), asked) == lengths
 
 
 def test_lengths_of_listed_stages() -> None:
@@ -96,7 +96,8 @@ def test_lengths_of_listed_stages() -> None:
     longer = with_lengths(asked, Lengths.of(asked, [2, 1, 5], None))
     assert [stage.epochs for stage in longer.stages] == [2, 1, 5]
     assert [stage.lr for stage in longer.stages] == [stage.lr for stage in asked.stages]
-    assert lengths_in(yaml.safe_load(longer.config)).listed == (2, 1, 5)
+    assert lengths_in(yaml.safe_load(longer.config), asked).listed == (2, 1, 5)
+    assert lengths_in({"epochs": 3}, asked).listed == tuple(stage.epochs for stage in asked.stages), "of another run"
 
 
 def test_minutes_without_a_preset_take_the_quick_one() -> None:

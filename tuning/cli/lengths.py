@@ -35,10 +35,14 @@ class Lengths:
         return cls(frozen, sum(epochs) - frozen, (), limit_train)
 
 
-def lengths_in(config: Mapping[str, Any]) -> Lengths:
-    """Those of a run, from its ``config.yaml``."""
-    listed = tuple(stage.get("epochs", config["epochs"]) for stage in config.get("stages") or ())
-    return Lengths(config["freeze_epochs"], config["epochs"], listed, config["limit_train"])
+def lengths_in(config: Mapping[str, Any], command: Command) -> Lengths:
+    """Those of a run, from its ``config.yaml``; where it has none that *command* could take, those of *command*."""
+    own = Lengths.of(command, [stage.epochs for stage in command.stages], command.flags.data.limit_train)
+    epochs = config.get("epochs", own.epochs)
+    listed = tuple(stage.get("epochs", epochs) for stage in config.get("stages") or ())
+    if len(listed) != len(own.listed):  # of another run, which will be refused
+        return own
+    return Lengths(config.get("freeze_epochs", own.freeze_epochs), epochs, listed, config.get("limit_train"))
 
 
 def with_lengths(command: Command, lengths: Lengths) -> Command:
