@@ -54,14 +54,11 @@ def within_minutes(
     """
     if command.flags.run.max_minutes is None:
         return command, data, tuple(plan)
-    config = resuming.earlier_config(command.flags.run)
+    config, note = resuming.earlier_config(command.flags.run), "--max-minutes: the run keeps the epochs it began with."
     if config is None:
         lengths, note = _timed(accelerator, command, data, model, info, plan)
     else:
-        lengths, note = (
-            lengths_in(config, command),
-            "--max-minutes: the run goes on with the epochs that it began with.",
-        )
+        lengths = lengths_in(config, command)
     asked, command = command.flags.data, with_lengths(command, lengths)
     if command.flags.data != asked:
         data = open_data(**vars(command.flags.data), seed=command.flags.run.seed)
@@ -112,12 +109,8 @@ def _costs(
     """Time some steps of every stage, an evaluation of some images and a piece of the fit; everything is put back."""
     flags = command.flags
     workers = session.loader_workers(accelerator, flags.batch.workers)
-    trained = tuple(
-        0.0
-        if planned.stage.cache_features
-        else _step_seconds(accelerator, command, data, model, info, planned, workers)
-        for planned in plan
-    )
+    about = accelerator, command, data, model, info, workers
+    trained = tuple(0.0 if planned.stage.cache_features else _step_seconds(planned, *about) for planned in plan)
     averaged = (flags.regularisation.ema_decay is not None) + bool(flags.averages.swa_epochs)
     looked = judging_seconds(accelerator, model, data, plan[-1], info, workers)
     fitted = fit_seconds(model, len(data.train)) if flags.model.head_init == "fitted" else 0.0
@@ -133,12 +126,12 @@ def _costs(
 
 
 def _step_seconds(
+    planned: StagePlan,
     accelerator: Accelerator,
     command: Command,
     data: Data,
     model: nn.Module,
     info: ModelInfo,
-    planned: StagePlan,
     workers: int,
 ) -> float:
     """Seconds of an optimizer step an image, with its loading: the median of a few."""

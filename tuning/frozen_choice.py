@@ -135,6 +135,8 @@ def described(timed: Mapping[str, Timed]) -> str:
     took = ", ".join(f"{name} {1e3 * one.seconds:.2f}" for name, one in timed.items())
     name = chosen(timed)
     apart = f", {timed[name].difference:.1%} from fp32" if name.startswith("bf16") else ""
+    left = ", ".join(f"{n} {one.difference:.1%}" for n, one in timed.items() if not one.difference <= DIFFERENCE)
+    apart += f", as {left} from fp32 is beyond {DIFFERENCE:.0%}" if left else ""
     return f"closed layers run in {name}{apart} (timed, ms a picture: {took}); --frozen-forward {name} repeats it."
 
 

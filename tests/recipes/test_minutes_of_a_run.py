@@ -77,7 +77,7 @@ def test_a_run_that_goes_on_keeps_its_lengths(
     monkeypatch.setattr(budget, "_costs", None)  # not to be called
     done = finetune(*flags)
     assert done.returncode == 0, done.stderr
-    assert "goes on with the epochs that it began with" in done.stdout
+    assert "keeps the epochs it began with" in done.stdout
     assert config(tmp_path / "run") == began
     assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "done"
 

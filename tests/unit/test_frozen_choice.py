@@ -78,6 +78,7 @@ def test_each_step_away_from_fp32_must_be_clearly_faster(
     timed = {n: Timed(t / 1e3, apart if n.startswith("bf16") else 0.0) for n, t in milliseconds.items()}
     assert chosen(timed) == expected
     assert expected in described(timed)
+    assert ("is beyond 5%" in described(timed)) == ("bf16" in milliseconds and not apart <= 0.05)
 
 
 def test_difference_is_noise_by_signal() -> None:

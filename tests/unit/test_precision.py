@@ -91,10 +91,12 @@ def in_fp32(norm: nn.LayerNorm) -> object:
 
 
 def test_master_weights_are_apexs_o2_written_out() -> None:
+    """Without oneDNN, whose kernels for CPUs with bf16 add up in another order here and there (0.2 % of an update)."""
     model = network()
     reference = copy.deepcopy(model)
-    train(model, "bf16-master", plain_stage())
-    written_out(reference, 0.1)
+    with torch.backends.mkldnn.flags(enabled=False):
+        train(model, "bf16-master", plain_stage())
+        written_out(reference, 0.1)
     before = network()
     for mine, theirs, old in zip(model.parameters(), reference.parameters(), before.parameters(), strict=True):
         assert mine.dtype == torch.float32
