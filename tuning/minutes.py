@@ -20,6 +20,7 @@ class Costs:
         judged: evaluation images times evaluations of each (raw and averaged weights).
         before: of what comes before the first step whatever the lengths.
         after: of what comes after the last evaluation.
+        saved: of a checkpoint, one an epoch.
     """
 
     trained: tuple[float, ...]
@@ -29,6 +30,7 @@ class Costs:
     judged: int
     before: float
     after: float
+    saved: float = 0.0
 
     def seconds(self, epochs: Sequence[int], images: float) -> float:
         """Of the whole run.
@@ -43,7 +45,7 @@ class Costs:
             total += images * (self.looked + self.fitted) + evaluation
         for each, passes, length in zip(self.trained, self.passes, epochs, strict=True):
             total += passes * images * self.looked
-            total += length * (images * each + evaluation) if each else evaluation
+            total += length * (images * each + evaluation + self.saved) if each else evaluation
         return total
 
 

@@ -92,7 +92,7 @@ def costing(seconds_per_image: float) -> Any:
 def test_less_than_an_epoch_trains_on_fewer_images(
     coloured: Path, finetune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "_costs", costing(10.8))
+    monkeypatch.setattr(budget, "_costs", costing(10.5))
     done = finetune("--data", str(coloured), *HOW, *MINUTES, "--output", "run")
     assert done.returncode == 0, done.stderr
     chosen = config(tmp_path / "run")
@@ -106,7 +106,7 @@ def test_minutes_that_are_too_few_are_refused(coloured: Path, finetune: Run, mon
     done = finetune("--data", str(coloured), *HOW, *MINUTES)
     assert done.returncode == 2
     assert "--max-minutes 10 is too short: one epoch a stage over 12 images" in done.stderr
-    assert "about 25.3 minutes here" in done.stderr
+    assert "about 26.1 minutes here" in done.stderr
 
 
 def _train(data: str) -> tuple[int, int, int]:

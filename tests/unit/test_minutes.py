@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ def parsed(*argv: str) -> Command:
 
 def test_the_seconds_of_a_run() -> None:
     assert PLAIN.seconds([3], 1000) == pytest.approx(10 + 3 * (10 + 1) + 1 + 5)
+    saving = dataclasses.replace(PLAIN, saved=0.5)
+    assert saving.seconds([3], 1000) == pytest.approx(PLAIN.seconds([3], 1000) + 3 * 0.5)
     assert FITTED.seconds([3], 1000) == pytest.approx(10 + (2 + 1 + 1) + 3 * (10 + 1) + 1 + 5), "features, fit, a look"
     cached = Costs((0.0, 0.01), (2, 0), 0.002, 0.0, 500, 10.0, 5.0)
     assert cached.seconds([50, 3], 1000) == pytest.approx(10 + (2 * 2 + 1) + 3 * (10 + 1) + 1 + 5), (
