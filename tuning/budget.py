@@ -54,7 +54,7 @@ def within_minutes(
         plan: of the stages as described.
 
     Raises:
-        UserError: not even an optimizer step or two of every stage fit.
+        UserError: not even an optimizer step of every stage fits; or the model is to be split (FSDP2).
     """
     if command.flags.run.max_minutes is None:
         return command, data, tuple(plan)
@@ -84,13 +84,21 @@ def _timed(
     if costs.seconds(epochs, images) > seconds:
         kept = images_that_fit(epochs, costs, images, seconds)
         _refuse_few(kept, plan, data, costs, epochs, minutes)
-    total = costs.seconds(epochs, kept)
+    limit = kept if kept < images else command.flags.data.limit_train
+    return Lengths.of(command, epochs, limit), _said(command, plan, epochs, (kept, images), costs)
+
+
+def _said(
+    command: Command, plan: Sequence[StagePlan], epochs: Sequence[int], images: tuple[int, int], costs: Costs
+) -> str:
+    """What was chosen, in a sentence or two; *images* that are trained on, of how many."""
+    kept, every = images
     passes = " + ".join(f"{n} of {planned.stage.name}" for n, planned in zip(epochs, plan, strict=True))
-    some = f"{kept:,} of the {images:,} images, as more don't fit into one epoch" if kept < images else "all images"
+    some = f"{kept:,} of the {every:,} images, as more don't fit into one epoch" if kept < every else "all images"
     rates = ", ".join(f"{1 / each:.0f}" for each in costs.trained if each) or "none"
+    total, minutes = costs.seconds(epochs, kept), command.flags.run.max_minutes
     note = f"--max-minutes {minutes:g}: epochs {passes} over {some}, about {total:.0f} s; timed {rates} images/s."
-    note += f" What no flag says is from {Path(command.where).name}." if command.where else ""
-    return Lengths.of(command, epochs, kept if kept < images else command.flags.data.limit_train), note
+    return note + (f" What no flag says is from {Path(command.where).name}." if command.where else "")
 
 
 def _refuse_few(

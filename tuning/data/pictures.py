@@ -91,6 +91,7 @@ class Pictures(Dataset[Batch]):
         mode = torch.is_inference_mode_enabled()
 
         def make(place: int) -> list[Broken]:
+            """Fill one place of the batch; what could not be read on the way."""
             unreadable: list[Broken] = []
             with torch.inference_mode(mode):  # every thread has its own
                 picture, labels[place] = self._read(items[place], unreadable)
