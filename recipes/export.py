@@ -57,7 +57,8 @@ def export(command: Command) -> None:
     evaluation = evaluation or (model_card.best_of_run(found.run) if best else {})
     if asked.push:
         publishing.check_repository(asked.push)
-        run.dry_run or publishing.check_login()
+    if asked.push and not run.dry_run:
+        publishing.check_login()
     tracker_run = publishing.tracker_run(found.run) if asked.push_wandb else None
     if tracker_run and not run.dry_run:
         weights_and_biases.check_artifact()

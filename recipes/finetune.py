@@ -33,7 +33,7 @@ def finetune(command: Command) -> None:
     from tuning.budget import within_minutes
     from tuning.caching import with_cache
     from tuning.engine import train_steps
-    from tuning.entering import enter_stage
+    from tuning.entering import Entered, enter_stage
     from tuning.feeds import StageFeeds, plain_feed, some_evaluation, stage_feeds
     from tuning.frozen_choice import settle_forward
     from tuning.judging.evaluation import evaluate, judges
@@ -129,7 +129,7 @@ def finetune(command: Command) -> None:
         saver = Saver(accelerator, folder.path, run.keep, start.facts, stop_on_error=run.save_errors == "stop")
         boundary = Boundary(accelerator, folder.path, started, run.stop_after, run.save_every, saver.must_stop)
 
-        def judge(feeds: StageFeeds, planned: StagePlan, stage: str) -> None:
+        def judge(entered: Entered, feeds: StageFeeds, planned: StagePlan, stage: str) -> None:
             """Evaluate, and keep the weights if they are the best so far."""
             curves.flush(progress)
             judged, size, main = {}, planned.eval_size, accelerator.is_main_process
@@ -150,7 +150,7 @@ def finetune(command: Command) -> None:
             curves.write_evaluation(judged, epoch, progress, curves_of(progress, planned.stage))
             speaker.say_evaluation(stage, epoch, judged, curves.latest)
 
-        def find_lr(feeds: StageFeeds, planned: StagePlan) -> None:
+        def find_lr(entered: Entered, feeds: StageFeeds, planned: StagePlan) -> None:
             """Search for the learning rate of a stage; only `progress` and the curves keep a trace."""
             search = search_for(planned, flags.finder, planned_steps)
             watched = partial(boundary.watch, during="the search for a learning rate")
@@ -165,7 +165,7 @@ def finetune(command: Command) -> None:
                 draw(answer, folder.plots / "lr_finder.png")
                 plots.draw_schedule([as_found(p, progress) for p in plan], folder.plots / "schedule.png")
 
-        def save() -> None:
+        def save(entered: Entered) -> None:
             """Begin to write a checkpoint from which the run can go on; a thread finishes it."""
             curves.flush(progress)
             progress.seconds = earlier_seconds + time.time() - started
@@ -193,12 +193,12 @@ def finetune(command: Command) -> None:
                     pictures = plain_feed(accelerator, data.train, planned, info, workers, unreadable.train)
                     fit_head(accelerator, model, pictures, class_weights, classes, run.seed)
                     averages.begin(model)
-                    judge(feeds, planned, "fitted head")
+                    judge(entered, feeds, planned, "fitted head")
                 if judge_first:
-                    judge(feeds, planned, planned.stage.name)
+                    judge(entered, feeds, planned, planned.stage.name)
                     judge_first = False
                 if must_search(plan, progress, flags.finder.finder_at):
-                    find_lr(feeds, plan[progress.stage])
+                    find_lr(entered, feeds, plan[progress.stage])
                     planned = as_found(plan[progress.stage], progress)
                     entered = enter_stage(accelerator, model, planned, before=entered)
                 curves.begin_stage(planned.stage.name, progress)
@@ -214,11 +214,11 @@ def finetune(command: Command) -> None:
                     snapshots.take(entered, progress, planned.eval_size, info, data.classes, anew)
                     progress.due = step.ends_stage or (step.ends_epoch and not planned.stage.cache_features)
                     if progress.due or ends_run or asked.stop or asked.save:
-                        save()  # before the evaluation, so that nothing is lost while that runs
+                        save(entered)  # before the evaluation, so that nothing is lost while that runs
                     if asked.stop:
                         end_run(accelerator, saver, asked.stop, step.step)
                     if progress.due or ends_run:
-                        judge(feeds, planned, planned.stage.name)
+                        judge(entered, feeds, planned, planned.stage.name)
                     if ends_run:
                         break
 
