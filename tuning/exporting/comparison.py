@@ -72,6 +72,28 @@ def compare(
     Raises:
         UserError: not one picture could be read.
     """
+    original, exported, by_pillow, kept, seen = _outputs(model, export, rows, info, uint8, settings)
+    truth = labels[seen]
+    return Comparison(
+        len(truth),
+        _largest_difference(original, exported),
+        _share(original.argmax(1) == truth),
+        _share(exported.argmax(1) == truth),
+        _share(original.argmax(1) == exported.argmax(1)),
+        len(by_pillow),
+        _largest_difference(original[kept], by_pillow),
+        _share(by_pillow.argmax(1) == truth[kept]),
+        _share(by_pillow.argmax(1) == original[kept].argmax(1)),
+    )
+
+
+def _outputs(
+    model: nn.Module, export: Network, rows: Dataset, info: ModelInfo, uint8: bool, settings: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Logits ``(N, K)`` of the original and of the export, and ``(P, K)`` of the export on pictures read by Pillow.
+
+    Then which of the N those P are, ``(N,)`` bool, and the rows of the N, ``(N,)``.
+    """
     wanted, got, seen, pillow, read = [], [], [], [], []
     with torch.inference_mode():
         for images, numbers, pictures in _batches(rows, info):
@@ -85,20 +107,9 @@ def compare(
                     pillow.append(export(inputs).clone())
     if not seen:
         raise UserError(f"none of the {len(rows)} pictures that the export would be compared on could be read.")
-    original, truth = torch.cat(wanted), labels[torch.cat(seen)]
-    exported, kept = torch.cat(got), torch.tensor(read)
+    exported = torch.cat(got)
     by_pillow = torch.cat(pillow) if pillow else exported[:0]
-    return Comparison(
-        len(truth),
-        _largest_difference(original, exported),
-        _share(original.argmax(1) == truth),
-        _share(exported.argmax(1) == truth),
-        _share(original.argmax(1) == exported.argmax(1)),
-        len(by_pillow),
-        _largest_difference(original[kept], by_pillow),
-        _share(by_pillow.argmax(1) == truth[kept]),
-        _share(by_pillow.argmax(1) == original[kept].argmax(1)),
-    )
+    return torch.cat(wanted), exported, by_pillow, torch.tensor(read), torch.cat(seen)
 
 
 def _batches(rows: Dataset, info: ModelInfo) -> Iterator[tuple[Tensor, Tensor, list[Any]]]:
