@@ -57,7 +57,7 @@ def find_lr(command: Command) -> None:
     planned = plan[number]
     search = search_for(planned, finder)
     check_tracker(run.tracker)
-    start = resuming.locate(accelerator, run, command.config, f"find_lr-{info.name}", data.name, started)
+    start = resuming.locate(run, command.config, f"find_lr-{info.name}", data.name, started)
     folder = start.folder
     speaker.show_plan(plan, data, info, accelerator, folder, best_by=run.best_by)
     race = f", then a race over {search.race} steps" if search.race else ""

@@ -86,7 +86,7 @@ def finetune(command: Command) -> None:
     flags = command.flags
     data = with_cache(accelerator, flags, data, plan, info, dry=run.dry_run)
     check_tracker(run.tracker)
-    start = resuming.locate(accelerator, run, command.config, info.name, data.name, started)
+    start = resuming.locate(run, command.config, info.name, data.name, started)
     folder = start.folder
     snapshots = Snapshots(accelerator, folder.path, plan, flags.averages.snapshots)
     speaker.show_plan(plan, data, info, accelerator, folder, best_by=run.best_by)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tuning.cli.plain_command import run_plain
 from tuning.comparison.runs import groups, matches, read_runs
 from tuning.errors import UserError
 from tuning.judging import kept_predictions
+from tuning.safety import interrupts
 
 ROOT = Path(__file__).parents[2]
 LABELS = np.array([0] * 30 + [1] * 20 + [2] * 10)
@@ -59,8 +61,10 @@ def make_run(
 
 
 @pytest.fixture
-def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
     """``compare(*argv)`` runs the recipe in an empty folder, in this process."""
+    numbers = [getattr(signal, name) for name in interrupts.NAMES if hasattr(signal, name)]
+    handlers = [signal.getsignal(number) for number in numbers]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -70,7 +74,19 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
             run_plain(recipe.compare, recipe.Asked, "recipes/compare.py")
         return Finished(end.value.code, *capsys.readouterr())
 
-    return run
+    yield run
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_stopped_it_ends_as_the_other_recipes_do(compare: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def stopped(_: Sequence[str]) -> None:
+        signal.raise_signal(getattr(signal, name))
+
+    monkeypatch.setattr("tuning.comparison.runs.read_runs", stopped)
+    done = compare("a", "b")
+    assert (done.returncode, done.stderr) == (75, f"stopped on {name}; Start it again.\n")
 
 
 def test_as_a_command_it_needs_no_torch(tmp_path: Path) -> None:

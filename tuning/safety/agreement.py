@@ -68,8 +68,8 @@ def running_statistics(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def refuse_different_steps(accelerator: Accelerator, found: int | None) -> None:
-    """Refuse to go on when processes have found different checkpoints: they don't see the same folder.
+def refuse_different_steps(found: int | None) -> None:
+    """Refuse to go on when processes have found different checkpoints: they don't see the same folder. All take part.
 
     Args:
         found: step of the checkpoint that this process has found; None without one.

@@ -58,7 +58,7 @@ def earlier_config(run: RunFlags) -> dict[str, Any] | None:
     return session.same_everywhere(read_yaml(path, str(path)) if path.is_file() else None)
 
 
-def locate(accelerator: Accelerator, run: RunFlags, config: str, model: str, data: str, started: float) -> Start:
+def locate(run: RunFlags, config: str, model: str, data: str, started: float) -> Start:
     """Find folder and checkpoint without writing anything. All processes take part.
 
     Args:
@@ -73,7 +73,7 @@ def locate(accelerator: Accelerator, run: RunFlags, config: str, model: str, dat
     folder = run_folder.choose(output, resume, model, data, session.same_everywhere(started))
     run_folder.refuse_other_run(folder, resume, config)
     found, damaged = checkpoint.find(folder.path, resume)
-    refuse_different_steps(accelerator, found.progress.step if found else None)
+    refuse_different_steps(found.progress.step if found else None)
     facts = manifest_facts(config)
     checkpoint.refuse_other_config(found, facts)
     return Start(folder, found, tuple(damaged), facts)
