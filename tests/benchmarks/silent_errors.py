@@ -3,7 +3,8 @@
     pip install lightning fastai
     torchrun --nproc_per_node 2 -m tests.benchmarks.silent_errors
 
-Three questions, each put to the parts of the tools that answer it (gloo, CPU, tiny networks, under a minute):
+Three questions, each put to the parts of the tools that answer it (gloo, CPU, tiny networks, under a minute). timm's
+train.py and Accelerate's cv_example.py open no layers again, so the second one is not for them:
 
 - how many images an evaluation of 17 counts,
 - how far the parameters of two processes are apart after a stage that opened the backbone (should be 0),
@@ -16,11 +17,14 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -42,9 +46,15 @@ def main() -> None:
     ask(images, "accelerate", evaluated_by_accelerate, IMAGES)
     ask(images, "timm", evaluated_by_timm, IMAGES)
     ask(images, "lightning", evaluated_by_lightning, IMAGES)
-    ask("largest difference between the ranks' parameters", "lightning", lambda: finetuned_by_lightning()[0], 0.0)
-    ask("largest movement of a closed BatchNorm's mean", "lightning", lambda: finetuned_by_lightning()[1], 0.0)
-    ask("largest movement of a closed BatchNorm's mean", "fastai", frozen_by_fastai, 0.0)
+    ask(images, "fastai", evaluated_by_fastai, IMAGES)
+    difference = "largest difference between the ranks' parameters"
+    ask(difference, "lightning", lambda: finetuned_by_lightning()[0], 0.0)
+    ask(difference, "fastai", lambda: finetuned_by_fastai()[0], 0.0)
+    movement = "largest movement of a closed BatchNorm's mean"
+    ask(movement, "accelerate", frozen_by_accelerate, 0.0)
+    ask(movement, "timm", frozen_by_timm, 0.0)
+    ask(movement, "lightning", lambda: finetuned_by_lightning()[1], 0.0)
+    ask(movement, "fastai", lambda: finetuned_by_fastai()[1], 0.0)
     dist.destroy_process_group()
 
 
@@ -100,6 +110,35 @@ def evaluated_by_accelerate() -> float:
     accelerator = Accelerator(cpu=True)
     loader = accelerator.prepare(DataLoader(pictures(IMAGES), batch_size=4))
     return sum(len(accelerator.gather_for_metrics(labels)) for _, labels in loader)
+
+
+def frozen_by_accelerate() -> float:
+    """As Accelerate's cv_example.py closes the body: `requires_grad`, then `model.train()`."""
+    from accelerate import Accelerator
+
+    accelerator, raw = Accelerator(cpu=True), network()
+    raw[0].requires_grad_(False)
+    loader = DataLoader(pictures(32), batch_size=4, shuffle=True)
+    model, optimizer, loader = accelerator.prepare(raw, torch.optim.Adam(raw.parameters()), loader)
+    model.train()
+    for inputs, labels in loader:
+        accelerator.backward(nn.functional.cross_entropy(model(inputs), labels))
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(raw[0][1].running_mean.abs().max())  # type: ignore[index,union-attr]
+
+
+def frozen_by_timm() -> float:
+    """`timm.utils.freeze` with its defaults, which puts a `FrozenBatchNorm2d` in place of the layer."""
+    from timm.utils import freeze
+
+    model = network()
+    freeze(model, ["0"])
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    wrapped.train()
+    for inputs, labels in DataLoader(pictures(32), batch_size=4):
+        nn.functional.cross_entropy(wrapped(inputs), labels).backward()
+    return float(model[0][1].running_mean.abs().max())  # type: ignore[index,union-attr]
 
 
 def evaluated_by_timm() -> float:
@@ -173,19 +212,45 @@ def lightning_module() -> nn.Module:
     return Module()
 
 
-def frozen_by_fastai() -> float:
-    """`Learner.freeze` and a fit, with its defaults; one process, its statistics are the same on two."""
+def evaluated_by_fastai() -> float:
+    """The evaluation at the end of an epoch of `Learner.fit`: images that its recorder's loss is a mean of."""
+    with learner(pictures(32), pictures(IMAGES)) as learning:
+        learning.fit(1)
+    return summed(learning.recorder.loss.count)
+
+
+def finetuned_by_fastai() -> tuple[float, float]:
+    """As `Learner.fine_tune` does: an epoch after `freeze`, then one after `unfreeze`."""
+    with learner(pictures(32), pictures(32)) as learning:
+        learning.freeze()
+        learning.fit(1)
+        moved = float(learning.model[0][1].running_mean.abs().max())
+        learning.unfreeze()
+        learning.fit(1)
+    return apart(learning.model), moved
+
+
+@contextmanager
+def learner(train: TensorDataset, judged: TensorDataset) -> Iterator[Any]:
+    """A fastai learner on both processes with its defaults, but for two that need a GPU.
+
+    `sync_bn`, and the broadcast of its loader, which goes through ``.cuda()``.
+    """
     from fastai.data.core import DataLoaders
+    from fastai.distributed import DistributedDL
     from fastai.learner import Learner
 
-    model, rows = network(), list(pictures(32))
-    loaders = DataLoaders.from_dsets(rows, rows, bs=4, device=torch.device("cpu"))
+    def broadcast(_: object, indices: list[int], rank: int) -> list[int]:
+        told = torch.tensor(indices)
+        dist.broadcast(told, rank)
+        return told.tolist()  # type: ignore[no-any-return]
+
+    loaders = DataLoaders.from_dsets(list(train), list(judged), bs=4, device=torch.device("cpu"))
     parts = lambda whole: [[*part.parameters()] for part in whole]  # noqa: E731
-    learner = Learner(loaders, model, loss_func=nn.CrossEntropyLoss(), splitter=parts)
-    learner.freeze()
-    with learner.no_logging():
-        learner.fit(1)
-    return float(model[0][1].running_mean.abs().max())  # type: ignore[index,union-attr]
+    learning = Learner(loaders, network(), loss_func=nn.CrossEntropyLoss(), splitter=parts)
+    random.seed(0)  # its loader shuffles with it
+    with mock.patch.object(DistributedDL, "_broadcast", broadcast), learning.no_logging(), learning.no_bar():
+        yield learning.to_distributed(sync_bn=False, cpu=True)
 
 
 if __name__ == "__main__":
