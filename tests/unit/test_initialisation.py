@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+from tuning.depth import head_modules
 from tuning.errors import UserError
 from tuning.models.initialisation import init_head, initialise, orthogonal
 
@@ -95,6 +96,26 @@ def test_head_schemes_touch_the_head_alone() -> None:
     init_head(model, "orthogonal", seed=1)
     torch.testing.assert_close(model.head.weight @ model.head.weight.T, torch.eye(4), atol=1e-5, rtol=0)
     assert not torch.equal(model.head.weight, model.head_dist.weight)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_convnext", "test_resnet"])
+@pytest.mark.parametrize("zeroed", ["network", "head"])
+def test_a_network_of_zeros_never_sees_the_pictures_a_head_of_zeros_does(name: str, zeroed: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, **({"img_size": 32} if name == "test_vit" else {}))
+    for root in [model] if zeroed == "network" else head_modules(model).values():
+        for module in root.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.zeros_(module.weight)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % 3
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(10):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    logits = model.eval()(images).detach()
+    apart = float((logits - logits[0]).abs().max())
+    assert apart < 1e-6 if zeroed == "network" else apart > 1e-4
 
 
 def test_refusals_name_the_remedy() -> None:

@@ -125,7 +125,10 @@ def _check_combinations(flags: Flags) -> None:
             f"--init {model.init} would overwrite --weights {model.weights}. Add --weights none, or use --head-init."
         )
     if model.init == "zero":
-        raise UserError("--init zero: a network of zeros gets no gradient. Choose kaiming, xavier or orthogonal.")
+        raise UserError(
+            "--init zero: a network of zeros answers every picture alike, and no gradient changes that. Choose "
+            "kaiming, xavier or orthogonal, or --head-init zero for the head alone."
+        )
     _check_averages(flags)
     _check_minutes(flags)
     if flags.batch.cache != "none" and flags.data.streaming:

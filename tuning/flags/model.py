@@ -17,7 +17,7 @@ class ModelFlags:
     """How the weights of the new head start. default = timm's own; fitted = logistic regression on features computed
     once, its L2 penalty chosen by cross-validation."""
     init: InitName = "default"
-    """The same for the whole network; with --weights none only."""
+    """The same for the whole network, without fitted, and zero is refused: it can't learn. With --weights none only."""
     drop_rate: Optional[float] = None
     """Dropout before the head, probability in [0, 1). Default: the model's own, mostly 0."""
     drop_path_rate: Optional[float] = None

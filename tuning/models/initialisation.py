@@ -20,8 +20,8 @@ def initialise(model: nn.Module, scheme: str, seed: int = 0) -> None:
 
     'default' leaves timm's values. 'kaiming': normal, variance 2 / fan_in (He et al. 2015, arXiv:1502.01852).
     'xavier': uniform, variance 2 / (fan_in + fan_out) (Glorot and Bengio 2010). 'orthogonal': see `orthogonal`. Fans
-    are those of one convolution group. Raises UserError for an unknown scheme and for 'zero', which passes no
-    gradient through more than one layer.
+    are those of one convolution group. Raises UserError for an unknown scheme and for 'zero': behind a layer of zeros
+    nothing depends on the picture, and before one there is no gradient.
     """
     check_scheme(scheme, whole_network=True)
     _draw([model], scheme, seed)
@@ -43,7 +43,8 @@ def check_scheme(scheme: str, whole_network: bool) -> None:
         raise UserError(f"{scheme!r} is no initialisation: choose from {known}.{did_you_mean(scheme, SCHEMES)}")
     if scheme == "zero" and whole_network:
         raise UserError(
-            "--init zero cannot train: a network of zeros gets no gradient. Use it for the head only: --head-init zero."
+            "--init zero: a network of zeros answers every picture alike, and no gradient changes that. Choose "
+            "kaiming, xavier or orthogonal, or --head-init zero for the head alone."
         )
 
 
