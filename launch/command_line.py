@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,13 +14,7 @@ from launch import engine, kubernetes, local, sky, slurm, variations
 from launch.errors import LaunchError, did_you_mean
 from launch.job import PRECISIONS, Job, check, parse_time
 
-TARGETS = ("local", "slurm", "kubernetes", "sky")
-USAGE = "python -m launch {local,slurm,kubernetes,sky} [options] -- recipes/X.py FLAGS"
-NEXT = {
-    "slurm": "Nothing was submitted. With --submit this goes to sbatch.",
-    "kubernetes": "Nothing was submitted. Pipe this into `kubectl apply -f -`.",
-    "sky": "Nothing was submitted. Write this to a file and run `sky jobs launch FILE`.",
-}
+Rendered = tuple[str, list[str]]  # the text, and what was added to what was typed
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +24,25 @@ class Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0]
         near = did_you_mean(unknown, self._option_string_actions) if unknown != message.split(" ")[0] else ""
         raise LaunchError(f"{message}.{near} See python -m {self.prog} --help.")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A place where recipes run, as one word of the command line.
+
+    Attributes:
+        options: adds its own to the parser.
+        render: checks and renders a job with the options that were typed.
+        hint: what to do with a text that was only printed.
+        act: what to do with it instead, where the options ask for that; True when it was done.
+        python: interpreter on its machines where none is named.
+    """
+
+    options: Callable[[Parser], None]
+    render: Callable[[Job, argparse.Namespace], Rendered]
+    hint: str = ""
+    act: Callable[[str, argparse.Namespace], bool] = lambda text, options: False
+    python: str = "python"
 
 
 def main(words: Sequence[str]) -> int:
@@ -44,25 +57,29 @@ def main(words: Sequence[str]) -> int:
 
 def _do(words: Sequence[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
-        print(f"usage: {USAGE}\n\n{launch.__doc__}\nOptions of a target: python -m launch TARGET --help.")
+        print(f"usage: {_usage()}\n\n{launch.__doc__}\nOptions of a target: python -m launch TARGET --help.")
         return
     if words[0] not in TARGETS:
         raise LaunchError(f"unknown target {words[0]!r}; choose {', '.join(TARGETS)}.{did_you_mean(words[0], TARGETS)}")
     own, recipe = _split(words[1:])
     options = _parser(words[0]).parse_args(own)
     if not recipe:
-        raise LaunchError(f"there is nothing to run: put -- and the recipe at the end. {USAGE}")
-    text, said = _rendered(words[0], options, _job(words[0], options, recipe))
+        raise LaunchError(f"there is nothing to run: put -- and the recipe at the end. {_usage()}")
+    job, target = _job(words[0], options, recipe), TARGETS[words[0]]
+    check(job)
+    engine.check(job)
+    text, said = target.render(job, options)
     for sentence in said:
         print(f"launch: {sentence}", file=sys.stderr)
-    if words[0] == "local" and not options.dry_run:
-        local.run(text)
-    elif words[0] == "slurm" and options.submit:
-        print(slurm.submit(text))
-    else:
-        print(text, end="")
-        if not options.dry_run:
-            print(f"launch: {NEXT[words[0]]}", file=sys.stderr)
+    if not options.dry_run and target.act(text, options):
+        return
+    print(text, end="")
+    if not options.dry_run:
+        print(f"launch: {target.hint}", file=sys.stderr)
+
+
+def _usage(target: str | None = None) -> str:
+    return f"python -m launch {target or '{' + ','.join(TARGETS) + '}'} [options] -- recipes/X.py FLAGS"
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -72,29 +89,44 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
         return list(words[:at]), list(words[at + 1 :])
     for word in words:
         if word.endswith(".py"):
-            raise LaunchError(f"put -- before {word}, so that its flags aren't read as those of launch. {USAGE}")
+            raise LaunchError(f"put -- before {word}, so that its flags aren't read as those of launch. {_usage()}")
     return list(words), []
 
 
-def _rendered(target: str, options: argparse.Namespace, job: Job) -> tuple[str, list[str]]:
-    check(job)
-    engine.check(job)
-    if target == "local":
-        place = local.Place(options.machine_rank, options.main_address, options.main_port)
-        local.check(job, place)
-        return local.render(job, place)
-    if target == "slurm":
-        queue = _queue(options)
-        slurm.check(job, queue)
-        return slurm.render(job, queue)
-    if target == "kubernetes":
-        names = ("image", "workdir", "claim", "claim_size", "shared_memory", "namespace")
-        cluster = kubernetes.Cluster(**{name: getattr(options, name) for name in names})
-        kubernetes.check(job, cluster)
-        return kubernetes.render(job, cluster)
+def _on_local(job: Job, options: argparse.Namespace) -> Rendered:
+    place = local.Place(options.machine_rank, options.main_address, options.main_port)
+    local.check(job, place)
+    return local.render(job, place)
+
+
+def _on_slurm(job: Job, options: argparse.Namespace) -> Rendered:
+    queue = _queue(options)
+    slurm.check(job, queue)
+    return slurm.render(job, queue)
+
+
+def _on_kubernetes(job: Job, options: argparse.Namespace) -> Rendered:
+    names = ("image", "workdir", "claim", "claim_size", "shared_memory", "namespace")
+    cluster = kubernetes.Cluster(**{name: getattr(options, name) for name in names})
+    kubernetes.check(job, cluster)
+    return kubernetes.render(job, cluster)
+
+
+def _on_sky(job: Job, options: argparse.Namespace) -> Rendered:
     cloud = sky.Cloud(options.bucket, options.gpu, options.infra, options.spot, options.setup)
     sky.check(job, cloud)
     return sky.render(job, cloud)
+
+
+def _run(text: str, _: argparse.Namespace) -> bool:
+    local.run(text)
+    return True
+
+
+def _submit(text: str, options: argparse.Namespace) -> bool:
+    if options.submit:
+        print(slurm.submit(text))
+    return bool(options.submit)
 
 
 def _job(target: str, options: argparse.Namespace, recipe: list[str]) -> Job:
@@ -138,15 +170,15 @@ def _queue(options: argparse.Namespace) -> slurm.Queue:
 
 
 def _parser(target: str) -> Parser:
-    parser = Parser(f"launch {target}", usage=USAGE.replace("{local,slurm,kubernetes,sky}", target), allow_abbrev=False)
+    parser = Parser(f"launch {target}", usage=_usage(target), allow_abbrev=False)
     _common(parser, target)
-    {"local": _local, "slurm": _slurm, "kubernetes": _kubernetes, "sky": _sky}[target](parser)
+    TARGETS[target].options(parser)
     return parser
 
 
 def _common(parser: Parser, target: str) -> None:
     add = parser.add_argument
-    python = {"local": sys.executable, "slurm": sys.executable}.get(target, "python")
+    python = TARGETS[target].python
     gpus = "default: those of this machine" if target == "local" else "0 = CPU"
     add("--nodes", type=int, default=1, help="machines (default: 1)")
     add("--gpus-per-node", type=int, help=f"GPUs of each machine, one process a GPU; {gpus}")
@@ -220,3 +252,17 @@ def _sky(parser: Parser) -> None:
     add("--infra", help="cloud, region and zone, such as aws/us-east-1 (default: the cheapest)")
     add("--on-demand", dest="spot", action="store_false", help="machines that aren't taken away")
     add("--setup", default="pip install -e .", help="shell text on a new machine (default: pip install -e .)")
+
+
+TARGETS = {
+    "local": Target(_local, _on_local, act=_run, python=sys.executable),
+    "slurm": Target(
+        _slurm,
+        _on_slurm,
+        "Nothing was submitted. With --submit this goes to sbatch.",
+        act=_submit,
+        python=sys.executable,
+    ),
+    "kubernetes": Target(_kubernetes, _on_kubernetes, "Nothing was submitted. Pipe this into `kubectl apply -f -`."),
+    "sky": Target(_sky, _on_sky, "Nothing was submitted. Write this to a file and run `sky jobs launch FILE`."),
+}
