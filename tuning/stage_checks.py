@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from tuning.cli.coerce import shown
 from tuning.errors import UserError
+from tuning.flags.names import RISES_FIRST
 from tuning.stages import PARTS, Stage
 
 MOST_LAYERS = 10**6
@@ -64,7 +65,7 @@ def _check_patience(stage: Stage) -> None:
     if stage.patience is None:
         return
     said = f"stage {stage.name!r}: --patience {stage.patience}"
-    if stage.schedule in ("one-cycle", "triangular"):
+    if stage.schedule in RISES_FIRST:
         raise UserError(
             f"{said} may end the stage before the learning rate of --schedule {stage.schedule} has come down. Drop it, "
             "or choose cosine, constant, step, plateau or sgdr."

@@ -12,9 +12,9 @@ from typing import Any
 
 from tuning.cli.coerce import as_key
 from tuning.flags import Flags
+from tuning.flags.names import RISES_FIRST
 from tuning.lr_search.ranges import DEFAULT_LRS, kind_of
 
-STARTS_LOW = ("one-cycle", "triangular")  # schedules that are a warm-up themselves
 LONGEST_WARMUP = 1.0  # epochs
 SHARE_OF_STAGE = 0.1
 # An L2 penalty that passes through Adam's division decays nothing (Loshchilov and Hutter 2019, arXiv:1711.05101).
@@ -126,6 +126,6 @@ def _warm_up(keys: Mapping[str, Any], flags: Flags) -> dict[str, float]:
     """A tenth of the stage, an epoch at most; none where the schedule begins low anyway."""
     epochs = keys.get("epochs", flags.staging.epochs)
     shape = keys.get("schedule", flags.optimisation.schedule)
-    if "warmup_epochs" in keys or shape in STARTS_LOW or not isinstance(epochs, int) or isinstance(epochs, bool):
+    if "warmup_epochs" in keys or shape in RISES_FIRST or not isinstance(epochs, int) or isinstance(epochs, bool):
         return {}
     return {"warmup_epochs": min(LONGEST_WARMUP, SHARE_OF_STAGE * max(0, epochs))}

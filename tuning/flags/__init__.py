@@ -19,7 +19,16 @@ from tuning.flags.evaluate import EvaluateFlags
 from tuning.flags.export import ExportFlags
 from tuning.flags.finder import FinderFlags
 from tuning.flags.model import ModelFlags
-from tuning.flags.names import AugmentName, ColorName, ForwardName, InitName, LossName, SamplingName, ScheduleName
+from tuning.flags.names import (
+    AugmentName,
+    ColorName,
+    ForwardName,
+    InitName,
+    LossName,
+    SamplingName,
+    ScheduleName,
+    TrackerName,
+)
 from tuning.flags.opened import OpenedFlags
 from tuning.flags.optimisation import OptimisationFlags
 from tuning.flags.overfit import OverfitFlags
@@ -54,6 +63,7 @@ __all__ = [
     "ScheduleName",
     "StageFlags",
     "SweepFlags",
+    "TrackerName",
 ]
 
 

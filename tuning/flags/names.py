@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Literal
 from tuning.cli.coerce import WholeNumbers
 
 ScheduleName = Literal["sgdr", "cosine", "one-cycle", "step", "triangular", "constant", "plateau"]
+RISES_FIRST: tuple[ScheduleName, ...] = ("one-cycle", "triangular")  # a warm-up themselves, and low only at the end
 InitName = Literal["default", "kaiming", "xavier", "orthogonal", "zero"]
+TrackerName = Literal["wandb", "tensorboard", "none"]
 LossName = Literal["cross-entropy", "bce", "focal"]
 AugmentName = Literal["none", "light", "medium", "strong"]
 ColorName = Literal["auto", "change", "keep"]

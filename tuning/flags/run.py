@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal, Optional
 
+from tuning.flags.names import TrackerName
+
 
 @dataclass(frozen=True)
 class RunFlags:
@@ -35,7 +37,7 @@ class RunFlags:
     """Minutes that processes wait for one another before the run ends and names the one that hangs."""
     log_every: int = 10
     """Optimizer steps between writes of the per-step curves; every step is logged."""
-    tracker: Literal["wandb", "tensorboard", "none"] = "wandb"
+    tracker: TrackerName = "wandb"
     """Where curves go besides metrics.jsonl. Without a login W&B runs offline."""
     project: str = "fine-tuning"
     """Project of the tracker."""

@@ -19,7 +19,8 @@ from tuning.losses import cross_entropy
 from tuning.safety.agreement import average_statistics
 from tuning.safety.out_of_memory import InParts
 
-TEMPERATURES = tuple(10 ** (tenth / 10) for tenth in range(-15, 31))  # a loss changes little between two
+# A loss changes little between two. Unlike `calibration.fit_temperature`, this needs no logits of all images at once.
+TEMPERATURES = tuple(10 ** (tenth / 10) for tenth in range(-15, 31))
 
 
 class Judged(NamedTuple):

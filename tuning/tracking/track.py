@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
@@ -19,7 +19,7 @@ from tuning.cli.checks import flat
 from tuning.cli.command_line import Command
 from tuning.engine import Step
 from tuning.errors import UserError
-from tuning.flags import RunFlags
+from tuning.flags import RunFlags, TrackerName
 from tuning.progress import Progress
 from tuning.safety.numerical_faults import NumericalFaults
 from tuning.tracking import weights_and_biases
@@ -27,8 +27,6 @@ from tuning.tracking.records import RecordFile, read_records
 from tuning.tracking.run_folder import RunFolder
 from tuning.tracking.tracker_history import history
 from tuning.tracking.weights_and_biases import Chart
-
-TrackerName = Literal["wandb", "tensorboard", "none"]
 
 
 class Curves:
@@ -143,7 +141,8 @@ class Curves:
     def _hand_over(self, record: Mapping[str, Any]) -> None:
         if self._tracker is not None and not self._tracker_has(record):
             logged = {key: value for key, value in record.items() if value is not None}
-            self._tracker.log(logged, step=record["step"] if self._tracker.name == "tensorboard" else None)
+            # W&B has axes of its own (`name_axes`), and a step of its own would put records in another order.
+            self._tracker.log(logged, step=None if self._tracker.name == "wandb" else record["step"])
 
     def sync(self) -> None:
         """Put the records on the disk, before a checkpoint that counts on them; on rank 0."""
