@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,12 @@ def test_imports_point_down(layer: tuple[Sequence[str], Sequence[str]]) -> None:
         assert not reached, f"tuning.{name} imports {reached}"
 
 
+def test_no_imports_go_in_a_circle() -> None:
+    names = {f"tuning.{name}" for name in MODULES}
+    graph = {f"tuning.{name}": imported(path) & names for name, path in MODULES.items()}
+    assert len([*TopologicalSorter(graph).static_order()]) == len(names), "a circle raises CycleError, which names it"
+
+
 def test_layer_1_knows_nothing_of_accelerate() -> None:
     assert [name for name in LAYER_1 if "accelerate" in packages(MODULES[name])] == []
 
@@ -125,7 +132,7 @@ def test_recipes_do_not_import_each_other() -> None:
 def test_the_picture_of_the_architecture_is_complete() -> None:
     page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     picture = page[page.index("## Folders") : page.index("## Layers")]
-    modules = {path.stem for path in (ROOT / "tuning").glob("*.py")} - {"__init__", "errors"}
+    modules = {path.stem for path in (ROOT / "tuning").glob("*.py")} - {"__init__"}
     recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")}
     folders = {f"{path.parent.name}/" for path in (ROOT / "tuning").glob("*/__init__.py")}
     assert {name for name in modules | recipes if not re.search(rf"\b{name}\b", picture)} == set()

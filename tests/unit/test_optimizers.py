@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.optim import OptimInfo
+from timm.optim._optim_factory import default_registry
 from torch import nn
 
 from tuning.errors import UserError
@@ -92,6 +94,31 @@ def test_the_callers_groups_are_left_alone(model: nn.Module) -> None:
 def test_an_unknown_name_suggests_the_nearest(typed: str, meant: str) -> None:
     with pytest.raises(UserError, match=f"--optimizer '{typed}' is not known to timm.*'{meant}'"):
         check_optimizer(typed)
+
+
+class Signs(torch.optim.Optimizer):
+    """An optimizer that timm doesn't have: steps as large as the learning rate."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                parameter.sub_(group["lr"] * parameter.grad.sign())
+
+
+def test_one_that_is_registered_with_timm_needs_nothing_more(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(default_registry, "_optimizers", {**default_registry._optimizers})
+    default_registry.register(OptimInfo("signs", Signs))
+    check_optimizer("signs")
+    optimizer = create_optimizer("signs", groups_of(model), 0.9)
+    before = model.head.weight.detach().clone()
+    backward(model)
+    optimizer.step()
+    moved = (model.head.weight - before).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 1e-2), atol=1e-5, rtol=0)
 
 
 def test_an_optimizer_whose_package_is_missing_is_refused() -> None:
