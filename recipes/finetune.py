@@ -82,7 +82,7 @@ def finetune(command: Command) -> None:
 
     # 3. The plan, before anything is spent.
     plan = plan_stages(accelerator, command, data, model, info)
-    command, data, plan = within_minutes(accelerator, command, data, model, info, plan)
+    command, data, model, info, plan = within_minutes(accelerator, command, data, model, info, plan)
     flags = command.flags
     data = with_cache(accelerator, flags, data, plan, info, dry=run.dry_run)
     check_tracker(run.tracker)

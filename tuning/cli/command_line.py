@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from tuning.cli import launcher
 from tuning.cli.checks import check_flags, flat
-from tuning.cli.coerce import coerce, field_types, named_file, read_yaml, shown
+from tuning.cli.coerce import as_key, coerce, field_types, named_file, read_yaml, shown
 from tuning.cli.effects import refuse_sampling, refuse_without_effect
 from tuning.cli.ending import allow_any_letters, explained, print_yaml, rank, recorded, report, say, say_stopped
 from tuning.cli.flag_parser import parse_flags
@@ -65,6 +65,7 @@ class Command:
         config: both as YAML text, the content of ``config.yaml``.
         asked: the flags before what follows from the optimizer was filled in.
         listed, where: the list of stages in a file, if there is one, and the file's name.
+        typed: names of the flags on the command line.
     """
 
     flags: Flags
@@ -73,6 +74,7 @@ class Command:
     asked: Flags
     listed: list[Any] | None
     where: str
+    typed: frozenset[str] = frozenset()
 
 
 Recipe = Callable[[Command], None]
@@ -120,12 +122,13 @@ def parse_command(argv: Sequence[str], name: str, description: str, presets: Pat
     """
     argv = _joined(argv)
     values, listed, where = _read_file(argv, presets, name)
-    default = _with_values(Flags(), values, where)
+    default = with_values(Flags(), values, where)
     flags = _typed_decay_wins(parse_flags(argv, name, description, default), default)
     check_flags(flags)
     stages = resolve_stages(flags, listed, where)
     refuse_without_effect(flags, default, stages, listed, where, name)
-    return Command(resolved(flags), stages, dump(flags, listed), flags, listed, where)
+    typed = frozenset(as_key(word[2:].partition("=")[0]) for word in argv if word.startswith("--"))
+    return Command(resolved(flags), stages, dump(flags, listed), flags, listed, where, typed)
 
 
 def _joined(argv: Sequence[str]) -> list[str]:
@@ -183,7 +186,7 @@ def _load_yaml(path: Path, flag: str) -> tuple[dict[str, Any], list[Any] | None,
     return values, values.pop("stages", None), str(path)
 
 
-def _with_values(flags: Flags, values: Mapping[str, Any], where: str) -> Flags:
+def with_values(flags: Flags, values: Mapping[str, Any], where: str) -> Flags:
     """*flags* with the flat *values* put into their groups."""
     groups = {group.name: getattr(flags, group.name) for group in dataclasses.fields(flags)}
     types = {name: field_types(type(content)) for name, content in groups.items()}

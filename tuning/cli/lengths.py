@@ -1,4 +1,4 @@
-"""How long the stages of a command are, taken out of it and put in anew. Imports no torch."""
+"""How long the stages of a command are and what they train, taken out of it and put in anew. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,52 +7,55 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tuning.cli.command_line import Command, dump, resolve_stages
+from tuning.cli.checks import flat
+from tuning.cli.command_line import Command, dump, resolve_stages, with_values
 from tuning.cli.optimizer_defaults import resolved
+
+CHOSEN = ("freeze_epochs", "epochs", "limit_train", "image_size", "augment", "flip")
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Epochs and images of a run.
+    """Epochs and images of a run, and what else the time decides.
 
     Attributes:
-        freeze_epochs, epochs, limit_train: the flags.
+        flags: values of the flags in `CHOSEN`.
         listed: epochs of every stage of a list; empty without one.
+        open: share of the depth that the one stage trains, in (0, 1); None = what the flags say.
     """
 
-    freeze_epochs: int
-    epochs: int
-    listed: tuple[int, ...]
-    limit_train: int | None
+    flags: Mapping[str, Any]
+    listed: tuple[int, ...] = ()
+    open: float | None = None
 
     @classmethod
-    def of(cls, command: Command, epochs: Sequence[int], limit_train: int | None) -> Lengths:
-        """Those of *command* with other *epochs* of its stages."""
-        staging = command.flags.staging
+    def of(cls, command: Command, epochs: Sequence[int], **others: Any) -> Lengths:
+        """Those of *command* with other *epochs* of its stages, and *others* of its flags."""
+        values = {name: value for name, value in flat(command.flags).items() if name in CHOSEN} | others
         if command.listed is not None:
-            return cls(staging.freeze_epochs, staging.epochs, tuple(epochs), limit_train)
-        frozen = epochs[0] if staging.freeze_epochs else 0
-        return cls(frozen, sum(epochs) - frozen, (), limit_train)
+            return cls(values, tuple(epochs))
+        frozen = epochs[0] if values["freeze_epochs"] else 0
+        return cls(values | {"freeze_epochs": frozen, "epochs": sum(epochs) - frozen})
 
 
 def lengths_in(config: Mapping[str, Any], command: Command) -> Lengths:
     """Those of a run, from its ``config.yaml``; where it has none that *command* could take, those of *command*."""
-    own = Lengths.of(command, [stage.epochs for stage in command.stages], command.flags.data.limit_train)
-    epochs = config.get("epochs", own.epochs)
-    listed = tuple(stage.get("epochs", epochs) for stage in config.get("stages") or ())
-    if len(listed) != len(own.listed):  # of another run, which will be refused
+    own = Lengths.of(command, [stage.epochs for stage in command.stages])
+    values = {name: config.get(name, value) for name, value in own.flags.items()}
+    stages = list[dict[str, Any]](config.get("stages") or [])
+    if command.listed is None and [set(stage) for stage in stages] == [{"open", "epochs"}]:
+        return Lengths(values, (), stages[0]["open"])
+    if len(stages) != len(own.listed):  # of another run, which will be refused
         return own
-    return Lengths(config.get("freeze_epochs", own.freeze_epochs), epochs, listed, config.get("limit_train"))
+    return Lengths(values, tuple(stage.get("epochs", values["epochs"]) for stage in stages))
 
 
 def with_lengths(command: Command, lengths: Lengths) -> Command:
     """*command* as if it had been typed with these *lengths*."""
-    flags = command.asked
-    staging = dataclasses.replace(flags.staging, freeze_epochs=lengths.freeze_epochs, epochs=lengths.epochs)
-    data = dataclasses.replace(flags.data, limit_train=lengths.limit_train)
-    flags = dataclasses.replace(flags, staging=staging, data=data)
-    listed = command.listed
-    if listed is not None:
+    flags, listed = with_values(command.asked, lengths.flags, "--max-minutes"), command.listed
+    if lengths.open is not None:
+        listed = [{"open": lengths.open, "epochs": lengths.flags["epochs"]}]
+    elif listed is not None:
         listed = [{**stage, "epochs": epochs} for stage, epochs in zip(listed, lengths.listed, strict=True)]
     stages = resolve_stages(flags, listed, command.where)
     return dataclasses.replace(
