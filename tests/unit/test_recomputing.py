@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from plain_stages import plain_stage
 from torch import Tensor, nn
 
+from tuning import sharding
 from tuning.cli.command_line import parse_command
 from tuning.clipping import clipping
 from tuning.data.loader import FeatureFeed
@@ -136,3 +137,11 @@ def test_a_run_of_the_head_alone_is_refused() -> None:
     with pytest.raises(UserError, match="--grad-checkpointing has no effect: no stage opens anything below the head"):
         parse_command([*argv, "0"], "recipes/finetune.py", "", PRESETS)
     assert parse_command([*argv, "1"], "recipes/finetune.py", "", PRESETS).flags.batch.grad_checkpointing
+
+
+@pytest.mark.parametrize(("sharded", "given"), [("true", "true"), ("true", "false"), ("false", "true")])
+def test_the_launcher_asks_for_it_under_fsdp_only(monkeypatch: pytest.MonkeyPatch, sharded: str, given: str) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", given)
+    assert sharding.recomputes() is (sharded == given == "true")
