@@ -23,6 +23,7 @@ from tuning.plan import make_plan
 from tuning.precision import cast_weights, level_of
 from tuning.preparing import objective
 from tuning.progress import Progress
+from tuning.recomputing import recompute_blocks
 from tuning.safety.unreadable import UnreadablePictures
 from tuning.sharding import shard, whole
 
@@ -68,6 +69,8 @@ def run_stages(*argv: str, threads: int = 1) -> StageRun:
         several_sizes=sizes.several,
         seed=flags.run.seed,
     )
+    if flags.batch.grad_checkpointing:
+        recompute_blocks(model, "--grad-checkpointing", "")
     cast_weights(model, level_of(accelerator))
     plan = make_plan(
         command.stages,

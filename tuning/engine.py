@@ -198,8 +198,8 @@ def _update(accelerator: Accelerator, entered: Entered, clip: Clip, mean_loss: T
     if entered.optimizer.scaler is not None:
         entered.optimizer.step()  # the scaler looks at the gradients itself
     else:
-        step_if(entered.optimizer.optimizer, finite)
-    entered.optimizer.zero_grad()
+        step_if(entered.optimizer.optimizer, finite, entered.open_groups)
+    entered.drop_gradients()
     for buffer, old in zip(entered.statistics.values(), before, strict=True):
         buffer.copy_(torch.where(finite, buffer, old))
     return grad_norm

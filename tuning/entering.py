@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,7 +67,23 @@ class Entered:
     def lrs(self) -> dict[str, float]:
         """``{group name: learning rate}`` of the open groups now."""
         groups = self.optimizer.param_groups
-        return {g["name"]: g["lr"] for g in groups if any(p.requires_grad for p in g["params"])}
+        return {groups[number]["name"]: groups[number]["lr"] for number in self.open_groups}
+
+    @cached_property
+    def open_groups(self) -> list[int]:
+        """Numbers of the groups with open parameters. Not the groups: a loaded state brings new ones."""
+        groups = enumerate(self.optimizer.param_groups)
+        return [number for number, group in groups if any(p.requires_grad for p in group["params"])]
+
+    @cached_property
+    def open_parameters(self) -> list[nn.Parameter]:
+        """What the stage trains."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def drop_gradients(self) -> None:
+        """`optimizer.zero_grad` for open parameters: no others get a gradient, and walking past them takes time."""
+        for parameter in self.open_parameters:
+            parameter.grad = None
 
 
 def enter_stage(

@@ -17,6 +17,8 @@ from tuning.errors import UserError
 from tuning.frozen import casting
 from tuning.safety.out_of_memory import InParts
 
+CHECKED = 4  # images whose logits say whether the head classifies pooled features
+
 
 class EveryImage(Protocol):
     """Batches of this process that have every image once over all processes, and filler of weight 0."""
@@ -68,7 +70,7 @@ def compute_features(
         for number, micro in enumerate(feed):
             pooled = pool(micro.inputs)
             if number == 0:
-                _check_head(model, micro.inputs, pooled)
+                _check_head(model, micro.inputs[:CHECKED], pooled[:CHECKED])
             index = micro.rows.to(pooled.device, non_blocking=True)
             parts.append((pooled.float(), micro.labels, micro.weights, index))
     mine = tuple(torch.cat(column) for column in zip(*parts, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,14 +40,17 @@ def create_optimizer(name: str, groups: list[dict[str, Any]], momentum: float) -
     return create_optimizer_v2(copies, opt=name, lr=copies[-1]["lr"], momentum=momentum, **fused)
 
 
-def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+def step_if(optimizer: torch.optim.Optimizer, finite: Tensor, open_groups: Sequence[int]) -> None:
     """Update the parameters if *finite* (0-d bool, on the device) holds, else leave the step out as if it never was.
 
     torch's fused optimizers decide on the device. Others are decided on the host, which waits for the device.
+
+    Args:
+        open_groups: numbers of the groups that can have gradients.
     """
     if _decides_on_device(optimizer):
         optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
-        with _without_closed_groups(optimizer):
+        with _without_closed_groups(optimizer, open_groups):
             optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
     elif finite:
@@ -55,13 +58,14 @@ def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 
 
 @contextmanager
-def _without_closed_groups(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def _without_closed_groups(optimizer: torch.optim.Optimizer, open_groups: Sequence[int]) -> Iterator[None]:
     """In the body the optimizer has groups with gradients only: an update of the head would mostly walk past others.
 
     For optimizers that count steps by parameter, as torch's do: those that count by group would count otherwise.
     """
     every = optimizer.param_groups
-    optimizer.param_groups = [group for group in every if any(p.grad is not None for p in group["params"])]
+    opened = [every[number] for number in open_groups]
+    optimizer.param_groups = [group for group in opened if any(p.grad is not None for p in group["params"])]
     try:
         yield
     finally:

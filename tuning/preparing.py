@@ -25,6 +25,7 @@ from tuning.models.build import ModelInfo, build
 from tuning.models.head_fit import linear_classifier
 from tuning.plan import StagePlan, check_sizes, make_plan
 from tuning.precision import cast_weights, level_of
+from tuning.recomputing import check_recomputing, recompute_blocks
 from tuning.sizes import largest_auto_micro_batch
 from tuning.stages import Stage
 
@@ -57,6 +58,11 @@ def data_and_model(
         several_sizes=sizes.several,
         seed=flags.run.seed,
     )
+    if sharding.recomputes():
+        check_recomputing(model, stages, level_of(accelerator), "fsdp_activation_checkpointing")
+    if flags.batch.grad_checkpointing:
+        check_recomputing(model, stages, level_of(accelerator), "--grad-checkpointing")
+        recompute_blocks(model, "--grad-checkpointing", "leave it out, and use a smaller --micro-batch instead")
     model = cast_weights(model, level_of(accelerator))
     # What will be split is never whole on a device.
     return data, model if sharding.asked() else model.to(accelerator.device), info

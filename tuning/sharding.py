@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tuning.blocks import repeated_blocks
 from tuning.errors import UserError
+from tuning.recomputing import recompute_blocks
 from tuning.stages import Stage
 
 ASKED = "ACCELERATE_USE_FSDP"
@@ -48,6 +49,11 @@ def unseen_by_accelerate() -> Iterator[None]:
     finally:
         if before is not None:
             os.environ[ASKED] = before
+
+
+def recomputes() -> bool:
+    """Whether the launcher asks a sharded model to compute its activations again."""
+    return asked() and bool(_plugin().activation_checkpointing)
 
 
 def backend() -> str | None:
@@ -130,7 +136,7 @@ def shard(accelerator: Accelerator, *models: nn.Module | None) -> None:
     for model in (model for model in models if model is not None):
         _refuse_scalars(model)
         if plugin.activation_checkpointing:
-            _checkpoint_activations(model)
+            recompute_blocks(model, "fsdp_activation_checkpointing", "set it to false")
         precision = _precision(accelerator, model)
         offload = CPUOffloadPolicy() if _offloads(plugin) else OffloadPolicy()
         for part in (*repeated_blocks(model), model):
@@ -203,18 +209,3 @@ def _refuse_scalars(model: nn.Module) -> None:
             f"{type(model).__name__} can't be sharded: {len(scalars)} of its parameters are single numbers, the first "
             f"is {scalars[0]}. Use plain data parallelism (accelerate_configs/ddp_bf16.yaml)."
         )
-
-
-def _checkpoint_activations(model: nn.Module) -> None:
-    """timm's own checkpointing of blocks: activations inside are computed again in the backward pass.
-
-    Raises:
-        UserError: the model has none.
-    """
-    try:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
-    except (AttributeError, AssertionError):
-        raise UserError(
-            f"fsdp_activation_checkpointing: {type(model).__name__} has no gradient checkpointing in timm; set it to "
-            "false."
-        ) from None

@@ -1,6 +1,7 @@
 """Frozen stages against the forward pass: the head alone on live pictures, and on features computed once.
 
     python -m tests.benchmarks.frozen            # some five minutes on two idle cores; --quick: two
+    python -m tests.benchmarks.frozen --cached   # the part on cached features
 
 The ceiling is the closed network's forward pass alone, in evaluation mode, in fp32, over normalised batches that lie in
 memory, in the better of two layouts of its weights. Against it in turns
@@ -55,6 +56,7 @@ class Frozen:
         (self._planned,) = plan
         self._workers = session.loader_workers(self.accelerator, "auto")
         self._entered: Entered | None = None
+        self.steps = self._planned.steps
 
     def feeds(self) -> tuple[Entered, StageFeeds]:
         """Enter the stage and make its batches; cached ones from pictures."""
@@ -73,6 +75,11 @@ class Frozen:
         """The stage from its pictures to its last step."""
         entered, feeds = self.feeds()
         self.train(entered, feeds.train)
+        self._last = entered, feeds.train
+
+    def steps_again(self) -> float:
+        """The optimizer steps of `whole` once more, on the features that it has computed; seconds of all of them."""
+        return timed(partial(self.train, *self._last), 1)
 
     def one_pass(self, *parts: str) -> None:
         """The network once over the pictures that the stage reads, in evaluation mode."""
@@ -126,11 +133,16 @@ def rows_of_live(argv: list[str], pairs: int) -> list[Row]:
 def rows_of_cached(argv: list[str], pairs: int, epochs: int) -> list[Row]:
     """All epochs of the head on features by passes over the pictures."""
     run = Frozen([*argv, "--freeze-epochs", str(epochs), "--cache-features"])
+    run.whole()
     jobs = {"pass": partial(run.one_pass, "train", "eval"), "cached": run.whole}
-    times = paired({name: partial(timed, job, 1) for name, job in jobs.items()}, pairs)
+    times = paired({**{n: partial(timed, job, 1) for n, job in jobs.items()}, "steps": run.steps_again}, pairs)
     note = ", ".join(f"{name} {min(times[name]):.1f} s" for name in jobs)
     what = f"{epochs} epochs of the head on cached features : one pass"
-    return [Row(what, ratio(times, "cached", "pass"), "<= 1.15", note)]
+    step = f"a step {1e3 * min(times['steps']) / run.steps:.2f} ms"
+    return [
+        Row(what, ratio(times, "cached", "pass"), "<= 1.15", note),
+        Row("... their optimizer steps alone : one pass", ratio(times, "steps", "pass"), "", step),
+    ]
 
 
 def main() -> None:
@@ -142,6 +154,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20, help="of the head on cached features")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of an epoch")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--cached", action="store_true", help="on cached features only")
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     pairs, steps = (2, 10) if given.quick else (given.pairs, given.steps)
@@ -151,7 +164,8 @@ def main() -> None:
         argv = ["--data", str(photos), "--model", given.model, "--weights", "none", "--batch-norm", "train"]
         argv += ["--image-size", str(given.image_size), "--batch-size", batch, "--micro-batch", batch]
         argv += ["--freeze-epochs", "1", "--epochs", "0", "--tracker", "none", "--precision", "fp32"]
-        rows = [*rows_of_live(argv, pairs), *rows_of_cached(argv, pairs, given.epochs)]
+        rows = [] if given.cached else rows_of_live(argv, pairs)
+        rows += rows_of_cached(argv, pairs, given.epochs)
     threads = torch.get_num_threads()
     what = f"{given.model}, {given.image_size} px, batch {given.batch_size}, fp32, {threads} threads"
     print(table(f"Frozen stages against the forward pass: {what}", rows))

@@ -135,6 +135,7 @@ def test_processes_accumulation_and_restarts_change_nothing() -> None:
         assert [item for one in passes for micro in one for item in micro if item.weight] == whole
     later = [item for micro in alone.micro_batches(2, 2) for item in micro if item.weight]
     assert later == whole[16:]
+    assert [row for rows, reals in alone.indices(2) for row in rows[reals > 0]] == [item.row for item in whole]
     assert [item.row for micro in alone.micro_batches(3) for item in micro][:29] != [item.row for item in whole]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tuning.clipping import clipping
-from tuning.data.loader import FeatureFeed, TrainFeed
+from tuning.data.loader import FeatureFeed, Micro, TrainFeed
 from tuning.data.sampling import TrainOrder
 from tuning.data.transforms import Crop, Normalise
 from tuning.engine import Step, train_steps
 from tuning.entering import Entered, enter_stage
+from tuning.errors import UserError
+from tuning.features import CHECKED, compute_features
 from tuning.losses import Loss, cross_entropy
 from tuning.plan import make_plan
 from tuning.progress import Progress
@@ -50,6 +53,20 @@ def entered_with(model: nn.Module, **stage: Any) -> tuple[Accelerator, Entered, 
 def steps(accelerator: Accelerator, entered: Entered, feed: FeatureFeed, loss: Loss | None = None) -> Iterator[Step]:
     clip = clipping(1.0, None, None)
     return train_steps(accelerator, entered, feed, loss or cross_entropy(), clip, Progress(), 0)
+
+
+@dataclass(frozen=True)
+class OnePass:
+    """Every image of a feed once."""
+
+    feed: FeatureFeed
+
+    @property
+    def order(self) -> TrainOrder:
+        return self.feed.order
+
+    def __iter__(self) -> Iterator[Micro]:
+        return self.feed.epoch(0)
 
 
 @contextmanager
@@ -124,6 +141,35 @@ def test_closed_parameters_have_neither_gradients_nor_state(depth: str | int) ->
     assert seen == [opened, opened]
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)] for p in entered.optimizer.state} == opened
+
+
+def test_rates_of_open_groups_are_those_of_a_loaded_state() -> None:
+    """Which groups are open is asked once a stage; loading a checkpoint then brings other groups."""
+    _, entered, _ = entered_with(network("test_efficientnet"), open="head", optimizer="adamw", lr=0.25)
+    (name,) = entered.lrs
+    assert entered.lrs == {name: 0.25}
+    state = entered.optimizer.state_dict()
+    entered.optimizer.load_state_dict({**state, "param_groups": [g | {"lr": 0.125} for g in state["param_groups"]]})
+    assert entered.lrs == {name: 0.125}
+
+
+def test_features_cost_four_pictures_more_than_a_pass() -> None:
+    """The four whose logits show that the head classifies what was computed."""
+    model, seen = network("test_efficientnet"), []
+    accelerator, _, feed = entered_with(model, open="head")
+    handle = model.conv_stem.register_forward_hook(lambda _, inputs, output: seen.append(len(output)))
+    compute_features(accelerator, model, OnePass(feed))
+    handle.remove()
+    assert sum(seen) == IMAGES + CHECKED
+
+
+def test_a_head_that_does_more_than_classify_is_refused() -> None:
+    model = network("test_efficientnet")
+    accelerator, _, feed = entered_with(model, open="head")
+    compute_features(accelerator, model, OnePass(feed))
+    model.register_forward_hook(lambda module, inputs, logits: logits.flip(1))
+    with pytest.raises(UserError, match="does more than classify pooled features"):
+        compute_features(accelerator, model, OnePass(feed))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])

@@ -92,6 +92,8 @@ def test_resuming_goes_on_where_it_stopped(plan: tuple[Blocks, BatchPlan], seed:
     first = data.draw(st.integers(0, order.steps_per_epoch))
     skipped = sum(batch.micro_steps(order.images_in(step)) for step in range(first))
     assert list(order.micro_batches(3, first)) == list(order.micro_batches(3))[skipped:]
+    both = [(rows.tolist(), weights.tolist()) for rows, weights in order.indices(3, first)]
+    assert both == [([i.row for i in items], [i.weight for i in items]) for items in order.micro_batches(3, first)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8, 16])

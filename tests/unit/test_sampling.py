@@ -77,6 +77,8 @@ def test_resuming_goes_on_where_it_stopped(plan: tuple[int, BatchPlan], seed: in
     order = TrainOrder(images, seed, batch, data.draw(st.integers(0, batch.world_size - 1)))
     skipped = sum(batch.micro_steps(order.images_in(step)) for step in range(first))
     assert list(order.micro_batches(3, first)) == list(order.micro_batches(3))[skipped:]
+    both = [(rows.tolist(), weights.tolist()) for rows, weights in order.indices(3, first)]
+    assert both == [([i.row for i in items], [i.weight for i in items]) for items in order.micro_batches(3, first)]
 
 
 @given(plans(), SEEDS)
@@ -149,6 +151,12 @@ def test_a_draw_does_not_depend_on_its_batch() -> None:
     whole = uniform(5, 6, np.arange(100), 7)
     parts = [uniform(5, 6, part, 7) for part in np.split(np.arange(100), [1, 30, 99])]
     assert np.array_equal(whole, np.concatenate(parts))
+
+
+@given(SEEDS, st.integers(0, 10**9), st.integers(0, 100), st.integers(0, 10**4))
+def test_the_seed_of_a_forward_pass_is_a_draw_for_its_process(seed: int, step: int, micro: int, rank: int) -> None:
+    """It is worked out without arrays, and is the same number."""
+    assert step_seed(seed, step, micro, rank) == int(uniform(seed, step, np.array([rank]), 1_000 + micro)[0] * 2**53)
 
 
 def test_every_forward_pass_has_its_own_seed() -> None:

@@ -18,7 +18,7 @@ from pictures import encode, noise, write_classes
 from tuning.data import elpv
 from tuning.data.images import decode
 from tuning.data.sources import Data, image_name, open_data
-from tuning.data.tables import label_array
+from tuning.data.tables import label_array, picture_dataset, take
 from tuning.errors import UserError
 
 JPEG = encode(noise(16, 16), "JPEG")
@@ -711,3 +711,11 @@ def test_names_of_images() -> None:
     assert image_name({"image": {"bytes": None, "path": "a/b.jpg"}, "label": 0}, 3) == "a/b.jpg"
     assert image_name({"image": {"bytes": b"", "path": None}, "label": 0}, 3) == "row 3"
     assert image_name({"image": None}) == "an image without a name"
+
+
+def test_a_row_takes_its_path_and_sixteen_bytes() -> None:
+    """Before rows are chosen and after; besides a few bits."""
+    rows, path = 10_000, "/data/photos/train/n00000000/n00000000_{:05d}.JPEG"
+    opened = picture_dataset([path.format(row) for row in range(rows)], np.arange(rows) % 10, [*"abcdefghij"])
+    for dataset in (opened, take(opened, np.random.default_rng(0).permutation(rows))):
+        assert dataset.data.nbytes / rows == pytest.approx(len(path.format(10_000)) + 16, abs=0.25)

@@ -141,6 +141,11 @@ def _refuse_idle_when_closed(values: Mapping[str, Any], typed: Sequence[str], st
             f"--frozen-forward {values['frozen_forward']} has no effect: no stage trains the head alone. Drop it, or "
             "raise --freeze-epochs."
         )
+    if "grad_checkpointing" in typed and all(stage.open == "head" for stage in stages):
+        raise UserError(
+            "--grad-checkpointing has no effect: no stage opens anything below the head, so nothing there is kept for "
+            "a backward pass. Drop it, or raise --epochs."
+        )
     if "feature_views" not in typed:
         return
     cached, views = [stage for stage in stages if stage.cache_features], f"--feature-views {values['feature_views']}"

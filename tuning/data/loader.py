@@ -265,9 +265,8 @@ class FeatureFeed(_Feed):
     def epoch(self, epoch: int, first_step: int = 0, run_step: int = 0) -> Iterator[Micro]:
         """The micro-batches of an epoch from optimizer step *first_step* on."""
         features = self._views[epoch % len(self._views)]
-        for items in self.order.micro_batches(epoch, first_step):
-            index = torch.tensor([item.row for item in items])
-            weights = torch.tensor([item.weight for item in items], dtype=torch.float32)
+        for rows, reals in self.order.indices(epoch, first_step):
+            index, weights = torch.from_numpy(rows), torch.from_numpy(reals)
             chosen = index.to(features.device)
             yield Micro(features[chosen], self._labels[chosen], weights.to(chosen.device), index)
 

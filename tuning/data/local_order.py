@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from tuning.data.sampling import Item, Rows, TrainOrder
+from tuning.data.sampling import Item, Rows, TrainOrder, Weights
 from tuning.sizes import BatchPlan
 
 MOST_LANES = 64  # a power of two: so many processes can each have data of their own
@@ -75,11 +75,17 @@ class LocalOrder(TrainOrder):
 
     def micro_batches(self, epoch: int, first_step: int = 0) -> Iterator[list[Item]]:
         """This process's micro-batches of an epoch, from optimizer step *first_step* on, all of full size."""
+        for rows, weights in self.indices(epoch, first_step):
+            both = zip(rows.tolist(), weights.tolist(), strict=True)
+            yield [Item(epoch, row, weight) for row, weight in both]
+
+    def indices(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Rows, Weights]]:
+        """Rows and weights of `micro_batches`, ``(B,)`` each."""
         sequence = _Sequence(self, epoch)
         for step in range(first_step, self.steps_per_epoch):
-            yield from self._dealt(sequence, epoch, step)
+            yield from self._dealt(sequence, step)
 
-    def _dealt(self, sequence: _Sequence, epoch: int, step: int) -> Iterator[list[Item]]:
+    def _dealt(self, sequence: _Sequence, step: int) -> Iterator[tuple[Rows, Weights]]:
         """A process's forward passes lie side by side, unlike those of `TrainOrder`.
 
         Filler repeats the last rows of the step; a forward pass of nothing else, what this process has at hand.
@@ -92,8 +98,7 @@ class LocalOrder(TrainOrder):
             filled = places[np.where(among < real, among, real - 1 - (among - real) % real)]
             if among[0] >= real:
                 filled = sequence.places(step - 1)[self.rank * self.batch.accumulation * micro :][:micro]
-            rows = sequence.rows(filled)
-            yield [Item(epoch, int(row), float(n < real)) for row, n in zip(rows, among, strict=True)]
+            yield sequence.rows(filled), (among < real).astype(np.float32)
 
 
 class _Sequence:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from tuning.sizes import BatchPlan
 
 Rows = npt.NDArray[np.int64]
+Weights = npt.NDArray[np.float32]
 SIZE = 900  # stream of `uniform`; those below 100 belong to pictures, those from 1,000 on to forward passes
 
 
@@ -75,9 +76,23 @@ def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
+def _mix_one(z: int) -> int:
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
 def step_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
     """Seed of torch's generators for one forward pass (dropout, drop-path), in [0, 2^53)."""
-    return int(uniform(seed, step, np.array([rank]), stream=1_000 + micro_step)[0] * 2**53)
+    state = 0
+    for counter in (
+        seed,
+        step,
+        1_000 + micro_step,
+        rank,
+    ):  # `hashed` for one index, without arrays: once a forward pass
+        state = _mix_one((state + counter + 0x9E3779B97F4A7C15) % 2**64)
+    return state >> 11
 
 
 def drawn_size(sizes: Sequence[int], seed: int, step: int) -> int:
@@ -122,14 +137,24 @@ class TrainOrder:
         """This process's micro-batches of an epoch, from optimizer step *first_step* on, all of full size."""
         order = self.sequence(epoch)
         for step in range(first_step, self.steps_per_epoch):
-            yield from self._step(order, epoch, step)
+            for places, weights in self._step(step):
+                both = zip(places.tolist(), weights.tolist(), strict=True)
+                yield [self._item(order, epoch, place, weight) for place, weight in both]
 
-    def _step(self, order: np.ndarray, epoch: int, step: int) -> Iterator[list[Item]]:
+    def indices(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Rows, Weights]]:
+        """Rows and weights of `micro_batches`, ``(B,)`` each: without an object for every image."""
+        order = self.sequence(epoch)
+        for step in range(first_step, self.steps_per_epoch):
+            for places, weights in self._step(step):
+                yield order[places], weights
+
+    def _step(self, step: int) -> Iterator[tuple[Rows, Weights]]:
+        """Places in the epoch's order and weights, for each forward pass of this process."""
         micro, start, real = self.batch.micro_batch, step * self.batch.batch_size, self.images_in(step)
         for pass_number in range(self.batch.micro_steps(real)):
             first = (pass_number * self.batch.world_size + self.rank) * micro
-            places = range(first, first + micro)
-            yield [self._item(order, epoch, (start + p) % self.images, float(p < real)) for p in places]
+            places = np.arange(first, first + micro)
+            yield (start + places) % self.images, (places < real).astype(np.float32)
 
     def _item(self, order: np.ndarray, epoch: int, place: int, weight: float) -> Item:
         return Item(epoch, int(order[place]), weight)

@@ -12,6 +12,9 @@ class BatchFlags:
     """Images per forward pass per process. auto = the largest divisor of a process's share of --batch-size, up to 64 on
     a CPU and 1024 on a GPU. Where memory runs out it is halved, a number given here too, and the run goes on: the batch
     of an optimizer step and the learning rate stay."""
+    grad_checkpointing: bool = False
+    """Keep what enters a block of the network and compute the rest again in the backward pass: less memory, about one
+    more forward pass of the open blocks a step, the same gradients (docs/memory.md)."""
     workers: int | Literal["auto"] = "auto"
     """Loader processes per training process; 0 = none. auto = CPU cores per training process less one, 1 to 8; none
     when training itself runs on two CPU cores or fewer."""

@@ -26,7 +26,17 @@ except ImportError:  # Windows
 CONFIG, METRICS, SUMMARY, LOCK = "config.yaml", "metrics.jsonl", "summary.json", ".lock"
 # What may differ when a run goes on: none of it changes the optimisation.
 MAY_CHANGE = frozenset(
-    {"workers", "threads", "micro_batch", "log_every", "tracker", "project", "timeout", "cache_folder"}
+    {
+        "workers",
+        "threads",
+        "micro_batch",
+        "grad_checkpointing",
+        "log_every",
+        "tracker",
+        "project",
+        "timeout",
+        "cache_folder",
+    }
     | {"save_every", "save_errors", "keep", "max_steps", "stop_after", "max_skipped", "max_unreadable"}
     | {"overfit_target", "overfit_steps", "overfit_stage", "replay"}
     | {"stage"}  # of find_lr.py
