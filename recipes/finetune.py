@@ -47,6 +47,7 @@ def finetune(command: Command) -> None:
     from tuning.patience import count, curves_of, next_stage
     from tuning.plan import StagePlan, last_step
     from tuning.preparing import data_and_model, objective, plan_stages
+    from tuning.rollback import rolled_back
     from tuning.safety import checkpoint, interrupts, resuming
     from tuning.safety.agreement import refuse_drift
     from tuning.safety.echoes import first_error
@@ -225,6 +226,8 @@ def finetune(command: Command) -> None:
                 refuse_drift(accelerator, model)
                 speaker.say_unreadable(unreadable.news())
                 speaker.say_stage_over(planned, progress, run.best_by)
+                if flags.staging.rollback and progress.stage + 1 < len(plan):
+                    entered = rolled_back(accelerator, entered, averages, folder.model, progress, speaker.say)
                 next_stage(progress)
                 ends_at = last_step(plan, progress, run.max_steps)
 

@@ -189,11 +189,12 @@ def _said(
 ) -> str:
     """What was chosen, in a sentence or two; *images* that are trained on, of how many."""
     kept, every = images
-    passes = " + ".join(f"{n} of {planned.stage.name}" for n, planned in zip(epochs, plan, strict=True))
+    each = [f"{n} of {planned.stage.name}" for n, planned in zip(epochs, plan, strict=True)]
+    passes = f"epochs {' + '.join(each)}" if len(each) > 1 else f"{epochs[0]} epoch{'s' * (epochs[0] > 1)}"
     some = f"{kept:,} of the {every:,} images, as more don't fit into one epoch" if kept < every else "all images"
-    rates = ", ".join(f"{1 / each:.0f}" for each in costs.trained if each) or "none"
+    rates = ", ".join(f"{1 / seconds:.0f}" for seconds in costs.trained if seconds) or "none"
     total, minutes = costs.seconds(epochs, kept), command.flags.run.max_minutes
-    note = f"--max-minutes {minutes:g}: epochs {passes} over {some}, about {total:.0f} s; timed {rates} images/s."
+    note = f"--max-minutes {minutes:g}: {passes} over {some}, about {total:.0f} s; timed {rates} images/s."
     return note + (f" What no flag says is from {Path(command.where).name}." if command.where else "")
 
 

@@ -76,20 +76,21 @@ def plan_stages(
     Raises:
         UserError: a depth, batch, image size or head that this model or data doesn't have.
     """
-    sharding.check_flags(command.stages, command.flags.model.head_init, command.flags.optimisation.clip_agc)
+    flags = command.flags
+    sharding.check_flags(command.stages, flags.model.head_init, flags.optimisation.clip_agc, flags.staging.rollback)
     plan = make_plan(
         [before_search(stage, model) for stage in _settled_colors(accelerator, command.stages, data)],
         model,
         train_images=len(data.train),
         world_size=accelerator.num_processes,
-        micro_batch=command.flags.batch.micro_batch,
+        micro_batch=flags.batch.micro_batch,
         image_size=info.input_size,
         largest_auto=largest_auto_micro_batch(accelerator.device.type),
-        lr_scaling=command.flags.optimisation.lr_scaling,
+        lr_scaling=flags.optimisation.lr_scaling,
     )
     check_sizes(plan, model, info)
-    check_forward(accelerator, command.flags)
-    if command.flags.model.head_init == "fitted":
+    check_forward(accelerator, flags)
+    if flags.model.head_init == "fitted":
         linear_classifier(model)
     return plan
 

@@ -98,7 +98,7 @@ def check_asked(possible: bool, precision: str, processes: int, device: torch.de
         raise UserError("fsdp_offload_params needs a GPU: here everything is in the CPU's memory already.")
 
 
-def check_flags(stages: Sequence[Stage], head_init: str, clip_agc: float | None) -> None:
+def check_flags(stages: Sequence[Stage], head_init: str, clip_agc: float | None, rollback: bool = False) -> None:
     """Refuse what needs the whole model, or an optimizer that is not known to work on shares, if sharding is asked for.
 
     Raises:
@@ -110,6 +110,7 @@ def check_flags(stages: Sequence[Stage], head_init: str, clip_agc: float | None)
         "--head-init fitted": head_init == "fitted",
         "--cache-features": any(stage.cache_features for stage in stages),
         "--clip-agc": clip_agc is not None,
+        "--rollback": rollback,
     }
     for flag, given in apart.items():
         if given:

@@ -127,6 +127,8 @@ def _refuse_idle_techniques(values: Mapping[str, Any], typed: Sequence[str], sta
         raise UserError(
             "--snapshots keeps the cycles of the plan, and --patience may end a stage before them. Drop one."
         )
+    if values["rollback"] and len(stages) == 1:
+        raise UserError("--rollback undoes a stage before the next one, and there is one stage. Drop it.")
     if values["patience"] is not None and not any(stage.may_end_early for stage in stages):
         raise UserError(
             f"--patience {values['patience']} has no effect: no stage that is evaluated after every epoch has more "

@@ -27,6 +27,8 @@ class StageFlags:
     unfreeze: Literal["all", "gradual", "norms", "norms-biases"] = "all"
     """Open everything at once, or from the top in four equal parts; or, beside the head, normalisation layers alone, or
     these and all biases (Ben Zaken et al. 2022)."""
+    rollback: bool = False
+    """A stage that did not better the best evaluation so far is undone before the next one begins."""
     feature_views: int = 1
     """Passes over the images with --cache-features: 1 = the evaluation crop; more = so many augmented views, and the
     epochs take turns with them."""
