@@ -54,7 +54,7 @@ LONG = 8  # epochs from which pictures are augmented; fewer don't overfit
 CLOSING = 6.0  # seconds for the last checkpoint, pictures and report, on a CPU core of today
 
 
-class Planned(NamedTuple):
+class Setup(NamedTuple):
     """What a run does, and with what."""
 
     command: Command
@@ -66,7 +66,7 @@ class Planned(NamedTuple):
 
 def within_minutes(
     accelerator: Accelerator, command: Command, data: Data, model: nn.Module, info: ModelInfo, plan: Sequence[StagePlan]
-) -> Planned:
+) -> Setup:
     """The run with stages as long as ``--max-minutes`` allows; as it is without. All processes take part.
 
     The minutes count from the start of the process. A run that goes on keeps what it began with. What was chosen stands
@@ -79,39 +79,39 @@ def within_minutes(
     Raises:
         UserError: not even an optimizer step of every stage fits; or the model is to be split (FSDP2).
     """
-    planned = Planned(command, data, model, info, tuple(plan))
+    setup = Setup(command, data, model, info, tuple(plan))
     if command.flags.run.max_minutes is None:
-        return planned
+        return setup
     config, note = resuming.earlier_config(command.flags.run), "--max-minutes: the run keeps the epochs it began with."
     if config is None:
-        lengths, note = _timed(accelerator, planned)
+        lengths, note = _timed(accelerator, setup)
     else:
         lengths = lengths_in(config, command)
     asked, command = command.flags, with_lengths(command, lengths)
     if (command.flags.model, command.flags.data) != (asked.model, asked.data):
         data, model, info = data_and_model(accelerator, command.flags, command.stages)
     data = replace(data, notes=(*data.notes, note))
-    return Planned(command, data, model, info, plan_stages(accelerator, command, data, model, info))
+    return Setup(command, data, model, info, plan_stages(accelerator, command, data, model, info))
 
 
-def _timed(accelerator: Accelerator, planned: Planned) -> tuple[Lengths, str]:
+def _timed(accelerator: Accelerator, setup: Setup) -> tuple[Lengths, str]:
     """What fits by rank 0's clock, and some sentences about it."""
     if sharding.asked():
         raise UserError("--max-minutes times a model that is whole on every device; under FSDP2 give --epochs.")
-    command, data = planned.command, planned.data
+    command, data = setup.command, setup.data
     minutes = command.flags.run.max_minutes or 0.0
     seconds, images = 60 * minutes * (1 - MARGIN), len(data.train)
-    shape, costs, why = _shape(accelerator, planned, seconds)
-    outline = [each.stage.epochs for each in planned.stages]
+    shape, costs, why = _shape(accelerator, setup, seconds)
+    outline = [each.stage.epochs for each in setup.stages]
     epochs, kept = epochs_that_fit(outline, costs, images, seconds), images
     if costs.seconds(epochs, images) > seconds:
         kept = images_that_fit(epochs, costs, images, seconds)
-        _refuse_few(kept, planned.stages, data, costs, epochs, minutes)
+        _refuse_few(kept, setup.stages, data, costs, epochs, minutes)
     others, more = _for_long(command, epochs)
     if kept < images:
         others["limit_train"] = kept
     lengths = Lengths.of(command, epochs, **others, image_size=shape.image_size)
-    said = _said(command, planned.stages, epochs, (kept, images), costs)
+    said = _said(command, setup.stages, epochs, (kept, images), costs)
     return replace(lengths, open=shape.open), said + why + more
 
 
@@ -134,19 +134,19 @@ class Shape(NamedTuple):
     open: float | None = None
 
 
-def _shape(accelerator: Accelerator, planned: Planned, seconds: float) -> tuple[Shape, Costs, str]:
+def _shape(accelerator: Accelerator, setup: Setup, seconds: float) -> tuple[Shape, Costs, str]:
     """How large pictures and how many layers the time is enough for; the costs of that, and the reason in words.
 
     Chosen only where pretrained weights are trained in one stage: without weights every layer has to learn, and a list
     of stages says itself what it trains.
     """
-    only, flags, images = planned.stages[0].stage, planned.command.flags, len(planned.data.train)
+    only, flags, images = setup.stages[0].stage, setup.command.flags, len(setup.data.train)
     asked = Shape(flags.model.image_size)
-    if len(planned.stages) > 1 or only.open != "all" or planned.command.listed or flags.model.weights == "none":
-        return asked, _costs(accelerator, planned), ""
-    own, why, sizes = planned.info.input_size, "", _sizes(planned)
+    if len(setup.stages) > 1 or only.open != "all" or setup.command.listed or flags.model.weights == "none":
+        return asked, _costs(accelerator, setup), ""
+    own, why, sizes = setup.info.input_size, "", _sizes(setup)
     smallest = asked if sizes[0] == own else Shape(sizes[0])
-    costs = _costs(accelerator, _shaped(accelerator, planned, smallest))
+    costs = _costs(accelerator, _shaped(accelerator, setup, smallest))
     size = size_that_fits(sizes, costs, images, seconds)
     shape = smallest if size == sizes[0] else Shape(size) if size < own else asked
     if size < own:
@@ -155,17 +155,17 @@ def _shape(accelerator: Accelerator, planned: Planned, seconds: float) -> tuple[
         shape = shape._replace(open=PART)
         why += f" Only the upper {PART:.0%} of the depth is trained: {FEW_EPOCHS} epochs of all layers don't fit."
     if shape.image_size != smallest.image_size:
-        costs = _costs(accelerator, _shaped(accelerator, planned, shape))
+        costs = _costs(accelerator, _shaped(accelerator, setup, shape))
     elif shape != smallest:  # only the steps take another time
-        trained = _step_seconds(accelerator, _shaped(accelerator, planned, shape))
+        trained = _step_seconds(accelerator, _shaped(accelerator, setup, shape))
         costs = replace(costs, trained=trained, before=costs.before + sum(trained) * STEPS * only.batch_size)
     return shape, costs, why
 
 
-def _sizes(planned: Planned) -> tuple[int, ...]:
+def _sizes(setup: Setup) -> tuple[int, ...]:
     """Sides in pixels to choose from, ascending: one where a flag says it or the model takes no other."""
-    model, info = planned.model, planned.info
-    if planned.command.flags.model.image_size is not None or planned.stages[0].stage.varies:
+    model, info = setup.model, setup.info
+    if setup.command.flags.model.image_size is not None or setup.stages[0].stage.varies:
         return (info.input_size,)
     sizes = smaller_sizes(info.input_size, stride(model))
     try:
@@ -175,13 +175,13 @@ def _sizes(planned: Planned) -> tuple[int, ...]:
     return sizes
 
 
-def _shaped(accelerator: Accelerator, planned: Planned, shape: Shape) -> Planned:
+def _shaped(accelerator: Accelerator, setup: Setup, shape: Shape) -> Setup:
     """The run in another shape, to be timed: the model itself is built anew only when all is chosen."""
-    command, data, model, info, stages = planned
+    command, data, model, info, stages = setup
     lengths = Lengths.of(command, [each.stage.epochs for each in stages], image_size=shape.image_size)
     command = with_lengths(command, replace(lengths, open=shape.open))
     info = replace(info, input_size=shape.image_size or info.input_size)
-    return Planned(command, data, model, info, plan_stages(accelerator, command, data, model, info))
+    return Setup(command, data, model, info, plan_stages(accelerator, command, data, model, info))
 
 
 def _said(
@@ -212,20 +212,20 @@ def _refuse_few(
         )
 
 
-def _costs(accelerator: Accelerator, planned: Planned) -> Costs:
+def _costs(accelerator: Accelerator, setup: Setup) -> Costs:
     """Time some steps of every stage, an evaluation of some images and a piece of the fit; everything is put back.
 
     All processes take part, and take rank 0's clock.
     """
-    flags, data, model = planned.command.flags, planned.data, planned.model
-    trained = _step_seconds(accelerator, planned)
+    flags, data, model = setup.command.flags, setup.data, setup.model
+    trained = _step_seconds(accelerator, setup)
     workers = session.loader_workers(accelerator, flags.batch.workers)
     averaged = (flags.regularisation.ema_decay is not None) + bool(flags.averages.swa_epochs)
-    looked = judging_seconds(accelerator, model, data, planned.stages[-1], planned.info, workers)
+    looked = judging_seconds(accelerator, model, data, setup.stages[-1], setup.info, workers)
     fitted = fit_seconds(model, len(data.train)) if flags.model.head_init == "fitted" else 0.0
     costs = Costs(
         trained,
-        tuple(each.stage.feature_views if each.stage.cache_features else 0 for each in planned.stages),
+        tuple(each.stage.feature_views if each.stage.cache_features else 0 for each in setup.stages),
         looked,
         fitted / len(data.train),
         len(data.eval) * (1 + averaged),
@@ -244,15 +244,15 @@ def _saving_seconds(model: nn.Module) -> float:
     return time.perf_counter() - started
 
 
-def _step_seconds(accelerator: Accelerator, planned: Planned) -> tuple[float, ...]:
+def _step_seconds(accelerator: Accelerator, setup: Setup) -> tuple[float, ...]:
     """Seconds of an optimizer step of every stage, by image, with its loading; 0 where features are cached."""
-    each = [0.0 if one.stage.cache_features else _seconds_of(accelerator, one, planned) for one in planned.stages]
+    each = [0.0 if one.stage.cache_features else _seconds_of(accelerator, one, setup) for one in setup.stages]
     return session.same_everywhere(tuple(each))
 
 
-def _seconds_of(accelerator: Accelerator, one: StagePlan, planned: Planned) -> float:
+def _seconds_of(accelerator: Accelerator, one: StagePlan, setup: Setup) -> float:
     """Those of a stage, by image: the median of a few steps."""
-    flags, data, model = planned.command.flags, planned.data, planned.model
+    flags, data, model = setup.command.flags, setup.data, setup.model
     loss, clip, _ = objective(accelerator, flags, data)
     entered = enter_stage(accelerator, model, one)
     unreadable = UnreadablePictures(accelerator, None, data, 1.0, resumed=False)
@@ -261,7 +261,7 @@ def _seconds_of(accelerator: Accelerator, one: StagePlan, planned: Planned) -> f
         flags.run.seed,
         session.loader_workers(accelerator, flags.batch.workers),
     )
-    feeds = stage_feeds(accelerator, entered, one, data, planned.info, unreadable, seed, flip, workers)
+    feeds = stage_feeds(accelerator, entered, one, data, setup.info, unreadable, seed, flip, workers)
     times, images = [time.perf_counter()], list[int]()
     with leaving_no_trace(accelerator, entered):
         for step in islice(train_steps(accelerator, entered, feeds.train, loss, clip, Progress(), seed), STEPS):

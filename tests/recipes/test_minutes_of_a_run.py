@@ -127,8 +127,8 @@ def test_the_time_decides_how_large_and_how_deep(
     weights = tmp_path / "weights.safetensors"
     save_file(timm.create_model("test_efficientnet", num_classes=7).state_dict(), weights)
 
-    def costs(_: Any, planned: budget.Planned) -> Costs:
-        times = (planned.info.input_size / 96) ** 2
+    def costs(_: Any, setup: budget.Setup) -> Costs:
+        times = (setup.info.input_size / 96) ** 2
         return Costs((each * times,), (0,), 0.0, 0.0, 12, before=1.0, after=1.0)
 
     monkeypatch.setattr(budget, "_costs", costs)
@@ -159,3 +159,18 @@ def test_two_processes_take_the_time_of_the_first(
     assert one == two
     assert one[0] == 0
     assert json.loads((tmp_path / "run/summary.json").read_text())["world_size"] == 2
+
+
+def _choose(*flags: str) -> tuple[int, dict[str, Any]]:
+    code = finetune_here(*flags, *MINUTES, "--output", "run", "--tracker", "none", "--stop-after", "0.001")
+    chosen = config(Path("run"))
+    return code, {key: chosen.get(key) for key in ("image_size", "epochs", "augment", "stages")}
+
+
+def test_two_processes_choose_one_shape(coloured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file(timm.create_model("test_efficientnet", num_classes=7).state_dict(), tmp_path / "w.safetensors")
+    flags = [word.format(weights=tmp_path / "w.safetensors") for word in SHORT]
+    one, two = run_ranks(2, _choose, "--data", str(coloured), *flags)
+    assert one == two
+    assert one == (75, {"image_size": None, "epochs": MOST_EPOCHS, "augment": "light", "stages": None})
