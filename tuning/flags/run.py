@@ -50,7 +50,8 @@ class RunFlags:
     """Stop after this many optimizer steps; the schedule is not shortened."""
     max_minutes: Optional[float] = None
     """Minutes that the whole run may take. Epochs are what fits, timed at the start, in the proportions of the stages,
-    and the schedule ends (docs/minutes.md). Without --preset and with pretrained weights: --preset quick."""
+    and the schedule ends; image size and depth, too, where nothing says them (docs/minutes.md). Without --preset and
+    with pretrained weights: --preset quick."""
     precision: Optional[Literal["fp32", "bf16", "fp16", "bf16-master", "bf16-pure"]] = None
     """Overrides `accelerate launch --mixed_precision`. bf16 and fp16 = autocast; bf16-master = weights in bf16 beside
     float32 ones; bf16-pure = bf16 alone, which loses small updates (docs/precision.md)."""
