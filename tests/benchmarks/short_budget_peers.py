@@ -175,6 +175,7 @@ TOOLS: dict[str, Callable[[Task], tuple[np.ndarray, float]]] = {
     "adamw-1e-4": partial(of_adamw, rate=1e-4),
     "adamw-3e-4": partial(of_adamw, rate=3e-4),
     "adamw-1e-3": partial(of_adamw, rate=1e-3),
+    "adamw-3e-3": partial(of_adamw, rate=3e-3),
     "fastai": of_fastai,
 }
 
