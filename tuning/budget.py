@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from tuning import session, sharding
-from tuning.cli.command_line import MINUTES_PRESET, Command
-from tuning.cli.lengths import Lengths, lengths_in, with_lengths
+from tuning.cli.command_line import Command
+from tuning.cli.lengths import AUGMENTATION, Lengths, augments_by_length, lengths_in, with_lengths
 from tuning.data.sources import Data
 from tuning.engine import train_steps
 from tuning.entering import enter_stage, leave_stage
@@ -118,10 +118,10 @@ def _timed(accelerator: Accelerator, setup: Setup) -> tuple[Lengths, str]:
 def _for_long(command: Command, epochs: Sequence[int]) -> tuple[dict[str, Any], str]:
     """What `MINUTES_PRESET` doesn't augment, as it is for a few epochs, is augmented in many; flags, and the reason."""
     usual = RegularisationFlags()
-    values = {"augment": usual.augment, "flip": usual.flip}
-    if Path(command.where).stem != MINUTES_PRESET or sum(epochs) < LONG or command.typed & values.keys():
+    if sum(epochs) < LONG or not augments_by_length(command):
         return {}, ""
-    return values, f" --augment {usual.augment} --flip {usual.flip}: pictures are seen {LONG} times or more."
+    reason = f" --augment {usual.augment} --flip {usual.flip}: pictures are seen {LONG} times or more."
+    return {name: getattr(usual, name) for name in AUGMENTATION}, reason
 
 
 class Shape(NamedTuple):

@@ -152,6 +152,24 @@ def test_a_size_and_a_depth_go_into_the_command_and_come_back_from_its_config() 
     assert with_lengths(asked, lengths_in(yaml.safe_load(chosen.config), asked)).config == chosen.config
 
 
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ((), {"image_size": 160, "augment": "light", "flip": "horizontal"}),
+        (("--image-size", "192"), {"image_size": 192, "augment": "light", "flip": "horizontal"}),
+        (("--augment", "strong"), {"image_size": 160, "augment": "strong", "flip": "none"}),
+        (("--augment", "none"), {"image_size": 160, "augment": "none", "flip": "none"}),
+        (("--preset", "progressive-resize"), {"augment": "light", "flip": "horizontal"}),
+    ],
+)
+def test_a_run_that_goes_on_does_not_overrule_what_is_said(typed: tuple[str, ...], kept: dict[str, object]) -> None:
+    """Else another --augment would be taken for the run's, and not refused."""
+    config = {"epochs": 9, "image_size": 160, "augment": "light", "flip": "horizontal"}
+    asked = parsed("--data", "photos", "--max-minutes", "2", *typed)
+    found = lengths_in(config, asked).flags
+    assert {name: found[name] for name in kept} == kept
+
+
 def test_which_flags_were_typed() -> None:
     given = parsed("--data=photos", "--max_minutes", "2", "--image-size", "160", "--preset", "quick")
     assert given.typed == {"data", "max_minutes", "image_size", "preset"}

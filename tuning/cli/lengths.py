@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tuning.cli.checks import flat
-from tuning.cli.command_line import Command, dump, resolve_stages, with_values
+from tuning.cli.command_line import MINUTES_PRESET, Command, dump, resolve_stages, with_values
 from tuning.cli.optimizer_defaults import resolved
 
 CHOSEN = ("freeze_epochs", "epochs", "limit_train", "image_size", "augment", "flip")
+AUGMENTATION = ("augment", "flip")
+
+
+def augments_by_length(command: Command) -> bool:
+    """Whether the epochs decide about augmentation: the flags are those of `MINUTES_PRESET`, and none was typed."""
+    return Path(command.where).stem == MINUTES_PRESET and command.typed.isdisjoint(AUGMENTATION)
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,14 @@ class Lengths:
 
 
 def lengths_in(config: Mapping[str, Any], command: Command) -> Lengths:
-    """Those of a run, from its ``config.yaml``; where it has none that *command* could take, those of *command*."""
+    """Those of a run, from its ``config.yaml``; where it has none that *command* could take, those of *command*.
+
+    A size or an augmentation that *command* says itself stays, for the run to refuse to go on with another.
+    """
     own = Lengths.of(command, [stage.epochs for stage in command.stages])
-    values = {name: config.get(name, value) for name, value in own.flags.items()}
+    said = set[str]() if augments_by_length(command) else {*AUGMENTATION}
+    said |= {"image_size"} if command.flags.model.image_size is not None else set()
+    values = {name: value if name in said else config.get(name, value) for name, value in own.flags.items()}
     stages = list[dict[str, Any]](config.get("stages") or [])
     if command.listed is None and [set(stage) for stage in stages] == [{"open", "epochs"}]:
         return Lengths(values, (), stages[0]["open"])

@@ -84,13 +84,8 @@ def _mix_one(z: int) -> int:
 
 def step_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
     """Seed of torch's generators for one forward pass (dropout, drop-path), in [0, 2^53)."""
-    state = 0
-    for counter in (
-        seed,
-        step,
-        1_000 + micro_step,
-        rank,
-    ):  # `hashed` for one index, without arrays: once a forward pass
+    state = 0  # `uniform` for one index, without arrays: this is drawn once a forward pass
+    for counter in (seed, step, 1_000 + micro_step, rank):
         state = _mix_one((state + counter + 0x9E3779B97F4A7C15) % 2**64)
     return state >> 11
 

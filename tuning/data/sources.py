@@ -70,9 +70,11 @@ def open_data(
         UserError: for anything wrong with the arguments or the data.
     """
     _check_numbers(val_fraction, limit_train, limit_eval)
+    if streaming and data == DEMO:
+        raise UserError(f"--data {DEMO} is pictures in files, not parquet shards. {parquet.LEAVE_OUT}.")
     where = data, image_column, label_column, train_split, eval_split
     try:
-        opened = _open_streamed(*where, shuffle_gb) if streaming else _open(*where)
+        opened = parquet.open_streamed(*where, shuffle_gb) if streaming else _open(*where)
     except OSError as error:
         raise UserError(f"--data {data!r} cannot be read: {error.filename}: {error.strerror}.") from error
     notes = list(opened.notes)
@@ -121,19 +123,6 @@ def _open(
         return _with_notes(pictures, _ignored(image_column, label_column, None, None))
     table = shards.open_shards(folder, image_column, label_column, train_split, eval_split)
     return table if table is not None else _nothing_found(folder, train_split, eval_split)
-
-
-def _open_streamed(
-    data: str,
-    image_column: str | None,
-    label_column: str | None,
-    train_split: str | None,
-    eval_split: str | None,
-    shuffle_gb: float,
-) -> Opened:
-    if data == DEMO:
-        raise UserError(f"--data {DEMO} is pictures in files, not parquet shards. {parquet.LEAVE_OUT}.")
-    return parquet.open_streamed(data, image_column, label_column, train_split, eval_split, shuffle_gb)
 
 
 def _ignored(
