@@ -27,7 +27,7 @@ def find_lr(command: Command) -> None:
     from tuning.engine import Step
     from tuning.entering import enter_stage
     from tuning.errors import UserError
-    from tuning.feeds import plain_feed, some_evaluation, stage_feeds
+    from tuning.feeds import some_evaluation, stage_feeds
     from tuning.lr_search.finder import chosen_stage, find, search_for
     from tuning.lr_search.report import draw, facts, race_table, table
     from tuning.lr_search.trials import Trials, judge_trial
@@ -92,12 +92,11 @@ def find_lr(command: Command) -> None:
     with speaker, failure_noted(folder, accelerator.is_main_process):
         shard(accelerator, model)
         entered = enter_stage(accelerator, model, planned)
-        if flags.model.head_init == "fitted":
-            pictures = plain_feed(accelerator, data.train, planned, info, workers, unreadable.train)
-            fit_head(accelerator, model, pictures, class_weights, len(data.classes), run.seed)
         feeds = stage_feeds(
             accelerator, entered, planned, data, info, unreadable, run.seed, flags.regularisation.flip, workers
         )
+        if flags.model.head_init == "fitted":
+            fit_head(accelerator, model, *feeds.plain, class_weights, len(data.classes), run.seed)
 
         # 4. The sweeps and the race, and what they say.
         some = some_evaluation(accelerator, feeds, planned, data, info, run.seed, workers)

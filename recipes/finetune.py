@@ -34,7 +34,7 @@ def finetune(command: Command) -> None:
     from tuning.caching import with_cache
     from tuning.engine import train_steps
     from tuning.entering import Entered, enter_stage
-    from tuning.feeds import StageFeeds, plain_feed, some_evaluation, stage_feeds
+    from tuning.feeds import StageFeeds, some_evaluation, stage_feeds
     from tuning.frozen_choice import settle_forward
     from tuning.judging.evaluation import evaluate, judges
     from tuning.lr_search.auto import as_found, must_search
@@ -191,8 +191,7 @@ def finetune(command: Command) -> None:
                 if accelerator.is_main_process:
                     draw_batch(feeds.train, progress, data.classes, folder.plots)
                 if progress.step == 0 and flags.model.head_init == "fitted":
-                    pictures = plain_feed(accelerator, data.train, planned, info, workers, unreadable.train)
-                    fit_head(accelerator, model, pictures, class_weights, classes, run.seed)
+                    fit_head(accelerator, model, *feeds.plain, class_weights, classes, run.seed)
                     averages.begin(model)
                     judge(entered, feeds, planned, "fitted head")
                 if judge_first:
@@ -213,7 +212,7 @@ def finetune(command: Command) -> None:
                     speaker.show_progress(planned.stage.name, step.step, ends_at, curves.latest)
                     asked, ends_run = boundary.agree(step.step), step.step == ends_at
                     snapshots.take(entered, progress, planned.eval_size, info, data.classes, anew)
-                    progress.due = step.ends_stage or (step.ends_epoch and not planned.stage.cache_features)
+                    progress.due = step.ends_stage or (step.ends_epoch and not planned.stage.judged_once)
                     if progress.due or ends_run or asked.stop or asked.save:
                         save(entered)  # before the evaluation, so that nothing is lost while that runs
                     if asked.stop:

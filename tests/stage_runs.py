@@ -88,7 +88,9 @@ def run_stages(*argv: str, threads: int = 1) -> StageRun:
     for number, planned in enumerate(plan):
         entered = enter_stage(accelerator, model, planned, before=entered)
         unreadable = UnreadablePictures(accelerator, None, data, 1.0, resumed=False)
-        feeds = stage_feeds(accelerator, entered, planned, data, info, unreadable, flags.run.seed, "both", 0)
+        feeds = stage_feeds(
+            accelerator, entered, planned, data, info, unreadable, flags.run.seed, flags.regularisation.flip, 0
+        )
         for step in train_steps(accelerator, entered, feeds.train, loss, clip, progress, flags.run.seed):
             run.lrs.append(step.lrs)
             run.losses.append(float(step.loss))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -21,16 +21,19 @@ from tuning import session, sharding
 from tuning.cli.command_line import Command
 from tuning.cli.lengths import AUGMENTATION, Lengths, augments_by_length, lengths_in, with_lengths
 from tuning.data.sources import Data
+from tuning.data.tables import spread, take
 from tuning.engine import train_steps
 from tuning.entering import enter_stage, leave_stage
 from tuning.errors import UserError
-from tuning.feeds import stage_feeds
+from tuning.feeds import EVAL_BATCH, stage_feeds
 from tuning.flags import RegularisationFlags
 from tuning.image_sizes import stride
+from tuning.judging.evaluation import evaluate
 from tuning.lr_search.no_trace import leaving_no_trace
 from tuning.minutes import (
     ENOUGH_EPOCHS,
     FEW_EPOCHS,
+    MOST_EPOCHS,
     Costs,
     epochs_that_fit,
     images_that_fit,
@@ -50,6 +53,8 @@ STEPS = 6  # timed of every stage; the first warms up
 MARGIN = 0.08  # of the minutes, for what the timing did not see
 COPIES = 5  # weights, two moments of Adam, an average, and the best so far in model/
 PART = 0.5  # of the depth that is open where not even a few epochs of all layers fit
+SAME_PICTURES = 10  # epochs on cached features at most: the pictures never change
+FEATURES = 2e9  # bytes of them at most, on every process
 LONG = 8  # epochs from which pictures are augmented; fewer don't overfit
 CLOSING = 6.0  # seconds for the last checkpoint, pictures and report, on a CPU core of today
 
@@ -103,16 +108,17 @@ def _timed(accelerator: Accelerator, setup: Setup) -> tuple[Lengths, str]:
     seconds, images = 60 * minutes * (1 - MARGIN), len(data.train)
     shape, costs, why = _shape(accelerator, setup, seconds)
     outline = [each.stage.epochs for each in setup.stages]
-    epochs, kept = epochs_that_fit(outline, costs, images, seconds), images
+    most = SAME_PICTURES if shape.part.get("cache_features") else MOST_EPOCHS
+    epochs, kept = epochs_that_fit(outline, costs, images, seconds, most), images
     if costs.seconds(epochs, images) > seconds:
         kept = images_that_fit(epochs, costs, images, seconds)
         _refuse_few(kept, setup.stages, data, costs, epochs, minutes)
-    others, more = _for_long(command, epochs)
+    others, more = ({}, "") if shape.part.get("cache_features") else _for_long(command, epochs)
     if kept < images:
         others["limit_train"] = kept
     lengths = Lengths.of(command, epochs, **others, image_size=shape.image_size)
     said = _said(command, setup.stages, epochs, (kept, images), costs)
-    return replace(lengths, open=shape.open), said + why + more
+    return replace(lengths, part=shape.part), said + why + more
 
 
 def _for_long(command: Command, epochs: Sequence[int]) -> tuple[dict[str, Any], str]:
@@ -125,13 +131,13 @@ def _for_long(command: Command, epochs: Sequence[int]) -> tuple[dict[str, Any], 
 
 
 class Shape(NamedTuple):
-    """What a run trains, where the time decides: side of the pictures in pixels, and share of the depth that is open.
+    """What a run trains, where the time decides: side of the pictures in pixels, and keys of its one stage.
 
-    None is as the flags, or the model, have it.
+    None, and no keys, is as the flags, or the model, have it.
     """
 
     image_size: int | None = None
-    open: float | None = None
+    part: Mapping[str, Any] = {}
 
 
 def _shape(accelerator: Accelerator, setup: Setup, seconds: float) -> tuple[Shape, Costs, str]:
@@ -151,15 +157,30 @@ def _shape(accelerator: Accelerator, setup: Setup, seconds: float) -> tuple[Shap
     shape = smallest if size == sizes[0] else Shape(size) if size < own else asked
     if size < own:
         why = f" {size} pixels instead of {own}: at more, {ENOUGH_EPOCHS} epochs don't fit."
-    if costs.seconds([FEW_EPOCHS], images) > seconds:
-        shape = shape._replace(open=PART)
-        why += f" Only the upper {PART:.0%} of the depth is trained: {FEW_EPOCHS} epochs of all layers don't fit."
-    if shape.image_size != smallest.image_size:
+    if shape != smallest:
         costs = _costs(accelerator, _shaped(accelerator, setup, shape))
-    elif shape != smallest:  # only the steps take another time
-        trained = _step_seconds(accelerator, _shaped(accelerator, setup, shape))
-        costs = replace(costs, trained=trained, before=costs.before + sum(trained) * STEPS * only.batch_size)
-    return shape, costs, why
+    if costs.seconds([FEW_EPOCHS], images) <= seconds:
+        return shape, costs, why
+    shape, once = _upper(accelerator, setup, shape)
+    why += f" Only the upper {PART:.0%} of the depth is trained{once}: {FEW_EPOCHS} epochs of all layers don't fit."
+    return shape, _with_stages(accelerator, _shaped(accelerator, setup, shape), costs), why
+
+
+def _upper(accelerator: Accelerator, setup: Setup, shape: Shape) -> tuple[Shape, str]:
+    """With the upper part open; on features where pictures don't change, the model can and the memory is enough."""
+    only, flags = setup.stages[0].stage, setup.command.flags
+    live = shape._replace(part={"open": PART})
+    changes = flags.regularisation.flip != "none" or only.augment != "none" or only.mixes or only.erases or only.varies
+    if changes or flags.batch.grad_checkpointing:
+        return live, ""
+    cached = shape._replace(part={"open": PART, "cache_features": True})
+    try:
+        planned = _shaped(accelerator, setup, cached).stages[0]
+    except UserError:  # its layers don't run one after the other
+        return live, ""
+    if planned.feature_bytes > FEATURES:
+        return live, ""
+    return cached, ", on what the rest makes of every image, computed once"
 
 
 def _sizes(setup: Setup) -> tuple[int, ...]:
@@ -179,7 +200,7 @@ def _shaped(accelerator: Accelerator, setup: Setup, shape: Shape) -> Setup:
     """The run in another shape, to be timed: the model itself is built anew only when all is chosen."""
     command, data, model, info, stages = setup
     lengths = Lengths.of(command, [each.stage.epochs for each in stages], image_size=shape.image_size)
-    command = with_lengths(command, replace(lengths, open=shape.open))
+    command = with_lengths(command, replace(lengths, part=shape.part))
     info = replace(info, input_size=shape.image_size or info.input_size)
     return Setup(command, data, model, info, plan_stages(accelerator, command, data, model, info))
 
@@ -218,22 +239,31 @@ def _costs(accelerator: Accelerator, setup: Setup) -> Costs:
     All processes take part, and take rank 0's clock.
     """
     flags, data, model = setup.command.flags, setup.data, setup.model
-    trained = _step_seconds(accelerator, setup)
     workers = session.loader_workers(accelerator, flags.batch.workers)
     averaged = (flags.regularisation.ema_decay is not None) + bool(flags.averages.swa_epochs)
     looked = judging_seconds(accelerator, model, data, setup.stages[-1], setup.info, workers)
     fitted = fit_seconds(model, len(data.train)) if flags.model.head_init == "fitted" else 0.0
     costs = Costs(
-        trained,
-        tuple(each.stage.feature_views if each.stage.cache_features else 0 for each in setup.stages),
+        (),
+        (),
         looked,
         fitted / len(data.train),
         len(data.eval) * (1 + averaged),
-        before=time.time() - psutil.Process().create_time(),
+        before=0.0,
         after=CLOSING,
         saved=_saving_seconds(model) * COPIES,
+        sets=1 + averaged,
     )
-    return session.same_everywhere(costs)
+    return _with_stages(accelerator, setup, costs)
+
+
+def _with_stages(accelerator: Accelerator, setup: Setup, costs: Costs) -> Costs:
+    """*costs* with what the stages of *setup* take, timed, and what has passed until now. Rank 0's clock decides."""
+    each = [_stage_seconds(accelerator, one, setup, costs.looked) for one in setup.stages]
+    views = tuple(one.stage.feature_views if one.stage.cache_features else 0 for one in setup.stages)
+    passed = time.time() - psutil.Process().create_time()
+    trained, judging = zip(*each, strict=True)
+    return session.same_everywhere(replace(costs, trained=trained, judging=judging, passes=views, before=passed))
 
 
 def _saving_seconds(model: nn.Module) -> float:
@@ -244,23 +274,30 @@ def _saving_seconds(model: nn.Module) -> float:
     return time.perf_counter() - started
 
 
-def _step_seconds(accelerator: Accelerator, setup: Setup) -> tuple[float, ...]:
-    """Seconds of an optimizer step of every stage, by image, with its loading; 0 where features are cached."""
-    each = [0.0 if one.stage.cache_features else _seconds_of(accelerator, one, setup) for one in setup.stages]
-    return session.same_everywhere(tuple(each))
+def _stage_seconds(accelerator: Accelerator, one: StagePlan, setup: Setup, looked: float) -> tuple[float, float]:
+    """Of a stage, by image: an optimizer step with its loading, and an evaluation; 0 = next to nothing.
+
+    Args:
+        looked: of an evaluation of the whole model.
+    """
+    if one.stage.judged_once:
+        return 0.0, 0.0
+    if not one.stage.cache_features:
+        return _timed_steps(accelerator, one, setup)[0], looked
+    data, images = setup.data, STEPS * one.batch.batch_size
+    rows = spread(data.train, images), np.arange(min(len(data.eval), EVAL_BATCH * accelerator.num_processes))
+    few = replace(data, train=take(data.train, rows[0]), eval=take(data.eval, rows[1]))
+    return _timed_steps(accelerator, one, setup._replace(data=few))
 
 
-def _seconds_of(accelerator: Accelerator, one: StagePlan, setup: Setup) -> float:
-    """Those of a stage, by image: the median of a few steps."""
+def _timed_steps(accelerator: Accelerator, one: StagePlan, setup: Setup) -> tuple[float, float]:
+    """Seconds of a step by image, the median of a few; and, on cached features, of an evaluation by image."""
     flags, data, model = setup.command.flags, setup.data, setup.model
     loss, clip, _ = objective(accelerator, flags, data)
     entered = enter_stage(accelerator, model, one)
     unreadable = UnreadablePictures(accelerator, None, data, 1.0, resumed=False)
-    flip, seed, workers = (
-        flags.regularisation.flip,
-        flags.run.seed,
-        session.loader_workers(accelerator, flags.batch.workers),
-    )
+    workers = session.loader_workers(accelerator, flags.batch.workers)
+    flip, seed = flags.regularisation.flip, flags.run.seed
     feeds = stage_feeds(accelerator, entered, one, data, setup.info, unreadable, seed, flip, workers)
     times, images = [time.perf_counter()], list[int]()
     with leaving_no_trace(accelerator, entered):
@@ -268,6 +305,11 @@ def _seconds_of(accelerator: Accelerator, one: StagePlan, setup: Setup) -> float
             float(step.loss)  # waits for the device
             times.append(time.perf_counter())
             images.append(step.images)
+    judging = 0.0
+    if one.stage.cache_features:
+        started = time.perf_counter()
+        evaluate(accelerator, feeds.judged, feeds.evaluation, len(data.eval), len(data.classes))
+        judging = (time.perf_counter() - started) / len(data.eval)
     leave_stage(accelerator, entered)
     seconds = np.diff(times) / images
-    return float(np.median(seconds[1:] if len(seconds) > 1 else seconds))
+    return float(np.median(seconds[1:] if len(seconds) > 1 else seconds)), judging

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
@@ -16,6 +14,7 @@ from tuning.averaging.batch_norm import synchronise
 from tuning.depth import closed_eval, freeze_batch_norm, open_names, set_open
 from tuning.frozen import called, lay_back, lay_out
 from tuning.groups import param_groups, set_peak_lrs
+from tuning.open_part import HeadOnly, open_part
 from tuning.optimizers import create_optimizer, start_momentum
 from tuning.plan import StagePlan
 from tuning.precision import level_of, lowered
@@ -31,7 +30,7 @@ class Entered:
     Attributes:
         stage: its description.
         model: the raw model; name and save parameters on this one.
-        trained: `model`, or its head alone when the stage trains on cached features.
+        trained: `model`, or its open part alone when the stage trains on cached features.
         wrapped: what to call in training: autocast or bf16 copies of the weights (`tuning.precision`) and, with
             several processes, DDP around `trained`.
         optimizer: over all groups of `model`, closed ones included, so that its state keeps its shape.
@@ -107,7 +106,7 @@ def enter_stage(
         leave_stage(accelerator, before)
     set_open(model, open_names(model, stage.open))
     optimizer = _optimizer(accelerator, model, planned, before)
-    trained = HeadOnly(model) if stage.cache_features else model
+    trained = _trained(model, planned)
     synchronise(model, False)  # on a CPU DDP refuses to wrap such layers, without need
     lower = lowered(trained, level_of(accelerator))
     if not stage.cache_features:
@@ -122,6 +121,15 @@ def enter_stage(
     synchronise(model, entered.synchronised)
     start_momentum(optimizer.optimizer)
     return entered
+
+
+def _trained(model: nn.Module, planned: StagePlan) -> nn.Module:
+    """What the stage runs in an optimizer step."""
+    if not planned.stage.cache_features:
+        return model
+    if planned.stage.open == "head":
+        return HeadOnly(model)
+    return open_part(model, open_names(model, planned.stage.open), planned.image_size)
 
 
 def leave_stage(accelerator: Accelerator, entered: Entered) -> None:
@@ -152,30 +160,3 @@ def _forget_wrapper(accelerator: Accelerator, wrapped: nn.Module) -> None:
     raw = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
     accelerator._models.clear()
     raw.__dict__.pop("_is_accelerate_prepared", None)
-
-
-class HeadOnly(nn.Module):
-    """The classifier of a timm model alone: pooled features ``(B, C)`` -> logits ``(B, K)``."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.drop_rate = _head_dropout(model)
-        self.classifier: Any = model.get_classifier()  # type: ignore[operator]
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Dropout as in the whole model, then the classifier."""
-        dropped = nn.functional.dropout(features, self.drop_rate, self.training)
-        return self.classifier(dropped)  # type: ignore[no-any-return]
-
-    def get_classifier(self) -> nn.Module:
-        """As timm's models have it."""
-        return self.classifier  # type: ignore[no-any-return]
-
-
-def _head_dropout(model: nn.Module) -> float:
-    """Probability of the dropout right before the classifier: a module in ViT-like models, an attribute in others."""
-    modules = dict(model.named_modules())
-    found = [modules[name] for name in ("head_drop", "head.drop") if name in modules]
-    if found:
-        return float(getattr(found[0], "p", 0.0))
-    return float(getattr(model, "drop_rate", 0.0))

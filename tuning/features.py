@@ -1,8 +1,8 @@
-"""Features computed once: the input of the head for every image, so that head-only epochs cost next to nothing."""
+"""Features computed once: what the closed layers make of every image, so that epochs cost the open layers alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from tuning.data.loader import Micro, TrainFeed
 from tuning.data.sampling import EvalOrder, TrainOrder
-from tuning.entering import HeadOnly
 from tuning.errors import UserError
 from tuning.frozen import casting
+from tuning.open_part import HeadOnly, Part, pooled
 from tuning.safety.out_of_memory import InParts
 
 CHECKED = 4  # images whose logits say whether the head classifies pooled features
@@ -47,50 +47,72 @@ class View:
 
 
 def compute_features(
-    accelerator: Accelerator, model: nn.Module, feed: EveryImage, forward: str | None = None
+    accelerator: Accelerator, model: nn.Module, feed: EveryImage, forward: str | None = None, part: Part | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Pooled features and labels of all images, on every process; leaves the model in evaluation mode.
+    """What *part* takes for all images, and labels, on every process; leaves the model in evaluation mode.
 
     A picture that can't be read takes the row of the next one, as training does.
 
     Args:
         forward: how the model is run (`tuning.frozen`); None = in the precision of training.
+        part: of the model; None = its head, which takes pooled features.
 
     Returns:
-        features ``(N, C)`` float32 and labels ``(N,)`` int64, on the device, in the order of the dataset.
+        features ``(N, ...)`` float32 and labels ``(N,)`` int64, on the device, in the order of the dataset.
 
     Raises:
         UserError: the model's head does more than classify pooled features.
     """
-    model.eval()
-    pool = InParts(lambda inputs: _pooled(model, inputs))
-    parts: list[tuple[Tensor, ...]] = []
+    part = part or HeadOnly(model)
+    return _every_image(accelerator, feed, forward, lambda images: part.below(model, images), model, part)
+
+
+def pooled_features(
+    accelerator: Accelerator, model: nn.Module, feed: EveryImage, part: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """Pooled features ``(N, C)`` and labels, as `compute_features`, of a feed that gives what *part* takes.
+
+    Args:
+        part: of the model, or the model itself.
+    """
+    below = part.pooled if isinstance(part, Part) else lambda images: pooled(model, images)
+    return _every_image(accelerator, feed, None, below, part, HeadOnly(model))
+
+
+def _every_image(
+    accelerator: Accelerator,
+    feed: EveryImage,
+    forward: str | None,
+    below: Callable[[Tensor], Tensor],
+    whole: nn.Module,
+    above: nn.Module,
+) -> tuple[Tensor, Tensor]:
+    """What *below* makes of every image; *above* must make of that what *whole* makes of the image."""
+    whole.eval()
+    lower, parts = InParts(below), list[tuple[Tensor, ...]]()
     cast = accelerator.autocast() if forward is None else casting(accelerator.device, forward)
     with torch.inference_mode(), cast:
         for number, micro in enumerate(feed):
-            pooled = pool(micro.inputs)
+            made = lower(micro.inputs)
             if number == 0:
-                _check_head(model, micro.inputs[:CHECKED], pooled[:CHECKED])
-            index = micro.rows.to(pooled.device, non_blocking=True)
-            parts.append((pooled.float(), micro.labels, micro.weights, index))
+                _check_split(whole, above, micro.inputs[:CHECKED], made[:CHECKED])
+            index = micro.rows.to(made.device, non_blocking=True)
+            parts.append((made.float(), micro.labels, micro.weights, index))
     mine = tuple(torch.cat(column) for column in zip(*parts, strict=True))
     features, labels, weights, index = accelerator.gather(mine)
     assert len(index.unique()) == feed.order.images, "pictures are missing from the features"
     return _in_order(features, labels, weights > 0, index, feed.order.images)
 
 
-def _pooled(model: nn.Module, inputs: Tensor) -> Tensor:
-    return model.forward_head(model.forward_features(inputs), pre_logits=True)  # type: ignore[operator,no-any-return]
-
-
-def _check_head(model: nn.Module, inputs: Tensor, pooled: Tensor) -> None:
-    whole = InParts(model)(inputs).float()
+def _check_split(whole: nn.Module, above: nn.Module, inputs: Tensor, made: Tensor) -> None:
+    expected = InParts(whole)(inputs).float()
     try:
-        split = HeadOnly(model).eval()(pooled).float()
-        same = torch.allclose(whole, split, rtol=1e-2, atol=1e-2 * float(whole.abs().max()))
+        split = above.eval()(made).float()
+        same = torch.allclose(expected, split, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
     except (TypeError, RuntimeError, AttributeError, NotImplementedError):
         same = False
     if not same:
+        model = getattr(whole, "model", whole)
         raise UserError(
             f"the head of {type(model).__name__} does more than classify pooled features, so they can't be computed "
             "once. Leave --cache-features and --head-init fitted out."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from accelerate import Accelerator
@@ -25,12 +25,13 @@ from tuning.data.transforms import Crop, Normalise
 from tuning.entering import Entered
 from tuning.features import CachedEval, EveryImage, View, compute_features
 from tuning.models.build import ModelInfo
+from tuning.open_part import Part
 from tuning.plan import StagePlan
 from tuning.safety.unreadable import UnreadablePictures
 
 EVAL_BATCH = 64  # pictures per forward pass per process
 JUDGED = 2048  # images, an error of about 1 % in accuracy
-CACHED_EVAL_BATCH = 4096  # rows of features, a few kB each
+CACHED_EVAL_BATCH = 4096  # rows of pooled features, a few kB each; larger ones go EVAL_BATCH at a time
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,14 @@ class StageFeeds:
     Attributes:
         train: training batches of this process.
         evaluation: evaluation batches of this process, as many as on every other.
-        judged: what `evaluation` is for: the raw model, or its head when the features are cached.
+        judged: what `evaluation` is for: the raw model, or its open part when the features are cached.
+        plain: the training images, each once and as evaluations see them, and what takes them: `judged`, or the model.
     """
 
     train: Feed
     evaluation: EvalFeed | CachedEval
     judged: nn.Module
+    plain: tuple[EveryImage, nn.Module]
 
 
 def stage_feeds(
@@ -66,6 +69,7 @@ def stage_feeds(
     """
     stage, rank = planned.stage, accelerator.process_index
     evaluation = plain_feed(accelerator, data.eval, planned, info, workers, unreadable.evaluation)
+    plain = plain_feed(accelerator, data.train, planned, info, workers, unreadable.train), entered.model
     blocks = data.train.blocks if isinstance(data.train, StreamedRows) else None
     every = order = train_order(len(data.train), seed, planned.batch, rank, blocks)
     if stage.sampling != "shuffle":
@@ -73,7 +77,8 @@ def stage_feeds(
     if stage.cache_features and stage.feature_views == 1:
         size = planned.image_size
         pictures = judging_feed(accelerator, data.train, size, info, workers, unreadable.train)
-        return _cached(accelerator, entered, [pictures], evaluation, order, unreadable)
+        feeds = _cached(accelerator, entered, [pictures], evaluation, order, unreadable)
+        return feeds if size == planned.eval_size else replace(feeds, plain=plain)
     train = TrainFeed(
         data.train,
         every if stage.cache_features else order,
@@ -90,8 +95,8 @@ def stage_feeds(
     )
     if stage.cache_features:
         views = [View(train, epoch) for epoch in range(stage.feature_views)]
-        return _cached(accelerator, entered, views, evaluation, order, unreadable)
-    return StageFeeds(train, evaluation, entered.model)
+        return replace(_cached(accelerator, entered, views, evaluation, order, unreadable), plain=plain)
+    return StageFeeds(train, evaluation, entered.model, plain)
 
 
 def _cached(
@@ -102,16 +107,18 @@ def _cached(
     order: TrainOrder,
     unreadable: UnreadablePictures,
 ) -> StageFeeds:
-    """Features of every view of the training images, and of the evaluation images."""
-    how = accelerator, entered.model
-    (features, labels), *others = [compute_features(*how, view, entered.forward) for view in views]
-    judged = compute_features(*how, evaluation, entered.forward)
+    """Features of every view of the training images, the first of them the plain one, and of the evaluation images."""
+    part = entered.trained
+    assert isinstance(part, Part)
+    made = [compute_features(accelerator, entered.model, feed, entered.forward, part) for feed in (*views, evaluation)]
     unreadable.check()
     entered.train_mode()
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    eval_order = EvalOrder(evaluation.order.images, CACHED_EVAL_BATCH, rank, world_size)
+    (features, labels), *others, judged = made
+    size = CACHED_EVAL_BATCH if features.dim() == 2 else EVAL_BATCH
+    place = size, accelerator.process_index, accelerator.num_processes
+    once, evaluated = (CachedEval(*some, EvalOrder(len(some[1]), *place)) for some in (made[0], judged))
     train = FeatureFeed(features, labels, order, [more for more, _ in others])
-    return StageFeeds(train, CachedEval(*judged, eval_order), entered.trained)
+    return StageFeeds(train, evaluated, part, (once, part))
 
 
 def some_evaluation(

@@ -17,7 +17,7 @@ class Costs:
     """What a run takes, in seconds, as timed at its start.
 
     Attributes:
-        trained: by stage, of an image in an optimizer step; 0 where features are cached.
+        trained: by stage, of an image in an optimizer step; 0 for the head on cached features.
         passes: by stage, forward passes over the training images before its first step.
         looked: of an image in a forward pass, with its loading.
         fitted: of a training image in the fit of the head, after its features; 0 without.
@@ -25,6 +25,8 @@ class Costs:
         before: of what comes before the first step whatever the lengths.
         after: of what comes after the last evaluation.
         saved: of a checkpoint, one an epoch.
+        judging: by stage, of an evaluation image that costs less than `looked`, on cached features; empty = none does.
+        sets: of weights that an evaluation judges, raw and averaged.
     """
 
     trained: tuple[float, ...]
@@ -35,10 +37,13 @@ class Costs:
     before: float
     after: float
     saved: float = 0.0
+    judging: tuple[float, ...] = ()
+    sets: int = 1
 
     def at_area(self, times: float) -> Costs:
         """With pictures of *times* the pixels, to whose number the work of a network is proportional."""
-        return replace(self, trained=tuple(each * times for each in self.trained), looked=self.looked * times)
+        trained, judging = (tuple(each * times for each in some) for some in (self.trained, self.judging))
+        return replace(self, trained=trained, looked=self.looked * times, judging=judging)
 
     def seconds(self, epochs: Sequence[int], images: float) -> float:
         """Of the whole run.
@@ -47,20 +52,22 @@ class Costs:
             epochs: of every stage.
             images: training images.
         """
-        evaluation = self.judged * self.looked
-        total = self.before + evaluation + self.after  # the last look at model/
+        judging = self.judging or tuple(self.looked for _ in self.trained)
+        total = self.before + self.judged * self.looked + self.after  # the last look at model/
         if self.fitted:
-            total += images * (self.looked + self.fitted) + evaluation
-        for each, passes, length in zip(self.trained, self.passes, epochs, strict=True):
-            total += passes * images * self.looked
-            total += length * (images * each + evaluation + self.saved) if each else evaluation
+            total += images * (judging[0] + self.fitted) + self.judged * judging[0]
+        for each, judge, passes, length in zip(self.trained, judging, self.passes, epochs, strict=True):
+            total += passes * images * self.looked + (passes > 0) * self.judged / self.sets * self.looked
+            total += length * (images * each + self.judged * judge + self.saved) if each else 0.0
         return total
 
 
-def epochs_that_fit(outline: Sequence[int], costs: Costs, images: int, seconds: float) -> list[int]:
+def epochs_that_fit(
+    outline: Sequence[int], costs: Costs, images: int, seconds: float, most: int = MOST_EPOCHS
+) -> list[int]:
     """Epochs of every stage, in the proportions of *outline*: as many as fit, one each at least.
 
-    Stages on cached features keep theirs. What is made longer than the outline has `MOST_EPOCHS` at most.
+    The head on cached features keeps its own. What is made longer than the outline has *most* epochs at most.
 
     Args:
         outline: epochs of every stage as described.
@@ -69,7 +76,7 @@ def epochs_that_fit(outline: Sequence[int], costs: Costs, images: int, seconds: 
     """
     epochs = [1 if each else length for each, length in zip(costs.trained, outline, strict=True)]
     timed = [number for number, each in enumerate(costs.trained) if each]
-    most = max(MOST_EPOCHS, sum(outline[number] for number in timed))
+    most = max(most, sum(outline[number] for number in timed))
     while timed and sum(epochs[number] for number in timed) < most:
         behind = min(timed, key=lambda number: ((epochs[number] + 1) / outline[number], -number))
         epochs[behind] += 1

@@ -13,6 +13,7 @@ from tuning.errors import UserError
 from tuning.groups import decay_for_ratio, param_groups
 from tuning.image_sizes import batch_at, sizes_of, stride
 from tuning.models.build import ModelInfo, check_image_size
+from tuning.open_part import open_part
 from tuning.optimizers import check_optimizer
 from tuning.progress import Progress
 from tuning.sizes import LARGEST_AUTO_MICRO_BATCH, BatchPlan, plan_batch
@@ -188,7 +189,7 @@ def _plan_stage(
 ) -> StagePlan:
     """*at*: sides of its input in pixels, in training and in evaluation."""
     check_optimizer(stage.optimizer)
-    cached = _feature_bytes(stage, model, train_images)
+    cached = _feature_bytes(stage, model, train_images, at[0])
     batch = plan_batch(stage.batch_size, micro_batch, world_size, train_images, largest_auto)
     if stage.mixes and batch.micro_batch == 1:
         raise UserError(
@@ -212,17 +213,24 @@ def _plan_stage(
     return planned
 
 
-def _feature_bytes(stage: Stage, model: nn.Module, train_images: int) -> int:
+def _feature_bytes(stage: Stage, model: nn.Module, train_images: int, image_size: int) -> int:
     """Of all views of the training images, as float32."""
     if not stage.cache_features:
         return 0
+    return 4 * _features(stage, model, image_size) * train_images * stage.feature_views
+
+
+def _features(stage: Stage, model: nn.Module, image_size: int) -> int:
+    """Numbers of an image that enter what the stage trains."""
+    if stage.open != "head":
+        return open_part(model, open_names(model, stage.open), image_size).numbers
     head = model.get_classifier()  # type: ignore[operator]
     if not isinstance(head, nn.Module):
         raise UserError(
             f"stage {stage.name!r}: the head of {type(model).__name__} is more than one classifier, so its input can't "
             "be cached. Leave --cache-features out."
         )
-    return 4 * next(head.parameters()).shape[1] * train_images * stage.feature_views
+    return int(next(head.parameters()).shape[1])
 
 
 def _keeps_statistics(model: nn.Module, opened: Set[str]) -> bool:

@@ -117,8 +117,8 @@ def _check_open(stage: Stage) -> None:
             f"stage {shown(stage.name)}: open is {shown(depth)}; give head, all, norms, norms-biases, a number of "
             "layers from 1, or a fraction of the depth in (0, 1]."
         )
-    if stage.cache_features and depth != "head":
+    if stage.cache_features and depth in ("all", *PARTS):
         raise UserError(
-            f"stage {stage.name!r}: cache_features needs all layers below the head closed, but open is {depth!r}; "
-            "use open: head or leave cache_features out."
+            f"stage {stage.name!r}: cache_features needs closed layers below the open ones, but open is {depth!r}; use "
+            "open: head, a number of layers or a fraction, or leave cache_features out."
         )

@@ -28,7 +28,7 @@ class Stage:
         layer_decay: LR factor per layer (None when `lr_ratio` is given).
         batch_size: images per optimizer step over all processes.
         image_size: side of the input in pixels (None = the model's).
-        cache_features: compute the input of the head once; for ``open: head`` only.
+        cache_features: compute what enters the lowest open layer once, for every image.
         find_lr: `lr` is kept only if the LR finder has no confident answer (``lr: auto``).
         mixup, cutmix: alpha, 0 = off; pictures alone are mixed, no cached features.
         sampling: how often an epoch takes the images of a class.
@@ -96,9 +96,14 @@ class Stage:
         return usual if self.random_erasing is None else self.random_erasing
 
     @property
+    def judged_once(self) -> bool:
+        """Evaluated at its end alone: an epoch of the head on cached features is shorter than an evaluation."""
+        return self.cache_features and self.open == "head"
+
+    @property
     def may_end_early(self) -> bool:
-        """Evaluations may end the stage before its last epoch. On cached features there is one, at its end."""
-        return self.patience is not None and not self.cache_features and self.epochs > self.patience + 1
+        """Evaluations may end the stage before its last epoch."""
+        return self.patience is not None and not self.judged_once and self.epochs > self.patience + 1
 
     @property
     def varies(self) -> bool:

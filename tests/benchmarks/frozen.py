@@ -10,7 +10,9 @@ memory, in the better of two layouts of its weights. Against it in turns
   over a folder of JPEGs of 500 x 375 pixels with random crops and flips. Bar: >= 0.85 of the ceiling's speed; the same
   with decoded pictures in memory (``--cache ram``); and over one batch in memory, which is what the loop itself costs;
 - cached: ``--cache-features``, all epochs of the head, from the pictures on: features, then optimizer steps. Against a
-  pass of the network over the same pictures, loading included. Bar: <= 1.15 passes for 20 epochs.
+  pass of the network over the same pictures, loading included. Bar: <= 1.15 passes for 20 epochs;
+- upper half: an epoch of the layers above half of the depth, on what the others make of every image, against the same
+  epoch on decoded pictures in memory.
 """
 
 from __future__ import annotations
@@ -145,6 +147,21 @@ def rows_of_cached(argv: list[str], pairs: int, epochs: int) -> list[Row]:
     ]
 
 
+def rows_of_upper(argv: list[str], pairs: int, scratch: Path) -> list[Row]:
+    """An epoch of the upper half on features by the same epoch on pictures."""
+
+    def run(name: str, cached: bool) -> Callable[[], object]:
+        (scratch / name).write_text(f"stages: [{{open: 0.5, epochs: 1, cache_features: {str(cached).lower()}}}]")
+        made = Frozen([*argv, "--preset", str(scratch / name), "--augment", "none", "--cache", "ram"])
+        entered, feeds = made.feeds()
+        return partial(made.train, entered, feeds.train)
+
+    jobs = {"live": run("live.yaml", cached=False), "features": run("features.yaml", cached=True)}
+    times = paired({name: partial(timed, job, 1) for name, job in jobs.items()}, pairs)
+    note = ", ".join(f"{name} {min(times[name]):.1f} s" for name in jobs)
+    return [Row("an epoch of the upper half on features : on pictures", ratio(times, "features", "live"), "", note)]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,9 +180,10 @@ def main() -> None:
         photos = write_photos(Path(scratch), steps * given.batch_size, given.batch_size)
         argv = ["--data", str(photos), "--model", given.model, "--weights", "none", "--batch-norm", "train"]
         argv += ["--image-size", str(given.image_size), "--batch-size", batch, "--micro-batch", batch]
-        argv += ["--freeze-epochs", "1", "--epochs", "0", "--tracker", "none", "--precision", "fp32"]
-        rows = [] if given.cached else rows_of_live(argv, pairs)
-        rows += rows_of_cached(argv, pairs, given.epochs)
+        argv += ["--tracker", "none", "--precision", "fp32"]
+        head = [*argv, "--freeze-epochs", "1", "--epochs", "0"]
+        rows = [] if given.cached else rows_of_live(head, pairs)
+        rows += rows_of_cached(head, pairs, given.epochs) + rows_of_upper(argv, pairs, Path(scratch))
     threads = torch.get_num_threads()
     what = f"{given.model}, {given.image_size} px, batch {given.batch_size}, fp32, {threads} threads"
     print(table(f"Frozen stages against the forward pass: {what}", rows))

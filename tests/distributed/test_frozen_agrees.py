@@ -9,6 +9,7 @@ import timm
 import torch
 from plain_stages import plain_stage
 from ranks import run_ranks
+from safetensors.torch import save_file
 from stage_runs import largest_difference, run_stages
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -63,3 +64,32 @@ def test_as_many_views_as_epochs_are_the_live_run(photos: Path) -> None:
     (two,) = run_ranks(1, run_stages, *argv, "--cache-features", "--feature-views", "2")
     assert two.losses[:10] == pytest.approx(live.losses[:10], abs=2e-5)
     assert two.losses[10:] != pytest.approx(live.losses[10:], abs=1e-4), "the third epoch has the first one's views"
+
+
+def weights_in(folder: Path) -> str:
+    """A file of weights, for layers whose statistics are to be kept."""
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_efficientnet", num_classes=7).state_dict(), folder / "w.safetensors")
+    return str(folder / "w.safetensors")
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "train"])
+def test_a_partly_closed_stage_on_features_is_the_live_run(photos: Path, tmp_path: Path, batch_norm: str) -> None:
+    """Pictures that look the same in every epoch, on one process, and their features, on one and two."""
+    argv = ("--data", str(photos), *MODEL, "--augment", "none", "--flip", "none", "--optimizer", "sgd", "--lr", "0.05")
+    argv += ("--batch-norm", batch_norm, *(("--weights", weights_in(tmp_path)) if batch_norm == "frozen" else ()))
+
+    def staged(name: str, cached: bool) -> tuple[str, ...]:
+        stages = f"stages: [{{open: 0.5, epochs: 3, cache_features: {str(cached).lower()}}}]"
+        (tmp_path / name).write_text(stages)
+        return (*argv, "--preset", str(tmp_path / name))
+
+    (live,) = run_ranks(1, run_stages, *staged("live.yaml", cached=False))
+    (one,) = run_ranks(1, run_stages, *staged("cached.yaml", cached=True))
+    assert len(live.losses) == 15
+    assert one.losses == pytest.approx(live.losses, abs=2e-5)
+    assert one.metrics[-1]["loss"] == pytest.approx(live.metrics[-1]["loss"], abs=2e-5)
+    if batch_norm == "frozen":
+        first, second = run_ranks(2, run_stages, *staged("cached.yaml", cached=True))
+        assert largest_difference(first.states[-1], second.states[-1]) == 0
+        assert first.losses == pytest.approx(live.losses, abs=2e-5)

@@ -79,3 +79,21 @@ def test_views_of_features_resume(photos: Path, finetune: Run, tmp_path: Path) -
     resumed = finetune(*flags, "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_the_upper_part_on_features_resumes(photos: Path, finetune: Run, tmp_path: Path) -> None:
+    """From a fitted head, with an average, stopped within the second epoch: the uninterrupted run, bit for bit."""
+    (tmp_path / "half.yaml").write_text("stages: [{open: 0.5, epochs: 3, cache_features: true}]\n")
+    flags: tuple[str, ...] = ("--data", str(photos), *SMALL, "--workers", "0", "--tracker", "none")
+    flags += ("--preset", "half.yaml", "--head-init", "fitted", "--augment", "none", "--ema-decay", "0.9")
+    whole = finetune(*flags, "--output", "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert "none: features are computed once (top-50%)" in whole.stdout
+    judged = [line for line in whole.stdout.splitlines() if "eval:" in line]
+    assert [line.split()[0] for line in judged] == ["fitted", *["top-50%"] * 3], "after every epoch"
+    assert finetune(*flags, "--output", "run", "--max-steps", "7").returncode == 0
+    resumed = finetune(*flags, "--output", "run", "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    best = [summary(tmp_path / run)["best"] for run in ("run", "whole")]
+    assert best[0] == best[1]

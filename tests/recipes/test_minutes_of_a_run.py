@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,11 @@ def test_minutes_that_are_too_few_are_refused(coloured: Path, finetune: Run, mon
 
 
 SHORT = ("--model", "test_efficientnet", "--weights", "{weights}", "--batch-size", "12", "--workers", "0")
+HALF = {"open": 0.5, "cache_features": True, "epochs": 3}
 FEW = {  # seconds of an image in a step, at the smallest size: what is chosen
     "all, larger": (0.01, {"image_size": None, "stages": None, "epochs": MOST_EPOCHS, "augment": "light"}),
     "all, small": (1.3, {"image_size": 96, "stages": None, "epochs": 8, "augment": "light"}),
-    "half": (6.0, {"image_size": 96, "stages": [{"open": 0.5, "epochs": 2}], "epochs": 2, "augment": "none"}),
+    "half": (6.0, {"image_size": 96, "stages": [HALF], "epochs": 3, "augment": "none"}),
 }
 
 
@@ -132,7 +134,8 @@ def test_the_time_decides_how_large_and_how_deep(
         return Costs((each * times,), (0,), 0.0, 0.0, 12, before=1.0, after=1.0)
 
     monkeypatch.setattr(budget, "_costs", costs)
-    monkeypatch.setattr(budget, "_step_seconds", lambda *_: (each / 2,))
+    half = {"trained": (each / 2,), "judging": (0.0,), "passes": (1,)}
+    monkeypatch.setattr(budget, "_with_stages", lambda *given: dataclasses.replace(given[-1], **half))
     flags = [word.format(weights=weights) for word in SHORT]
     flags += ["--output", "run", "--tracker", "none", "--stop-after", "0.001"]
     done = finetune("--data", str(coloured), *flags, *MINUTES)

@@ -206,10 +206,12 @@ def test_impossible_values_are_refused(key: str, value: float) -> None:
     assert f"stage 'all': --{key.replace('_', '-')} is {value!r}; give" in str(caught.value)
 
 
-def test_cached_features_need_a_closed_backbone() -> None:
-    check_stage(staged(open="head", cache_features=True))
-    with pytest.raises(UserError, match=r"cache_features needs .* but open is 0\.5"):
-        check_stage(staged(open=0.5, cache_features=True))
+def test_cached_features_need_closed_layers() -> None:
+    for depth in ("head", 2, 0.5):
+        check_stage(staged(open=depth, cache_features=True))
+    for depth in ("all", "norms"):
+        with pytest.raises(UserError, match=f"cache_features needs closed layers .* but open is '{depth}'"):
+            check_stage(staged(open=depth, cache_features=True))
 
 
 @pytest.mark.parametrize(

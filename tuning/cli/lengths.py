@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from tuning.cli.optimizer_defaults import resolved
 
 CHOSEN = ("freeze_epochs", "epochs", "limit_train", "image_size", "augment", "flip")
 AUGMENTATION = ("augment", "flip")
+PART = ("open", "cache_features")
 
 
 def augments_by_length(command: Command) -> bool:
@@ -28,12 +29,12 @@ class Lengths:
     Attributes:
         flags: values of the flags in `CHOSEN`.
         listed: epochs of every stage of a list; empty without one.
-        open: share of the depth that the one stage trains, in (0, 1); None = what the flags say.
+        part: keys of the one stage that trains a part of the depth; empty = what the flags say.
     """
 
     flags: Mapping[str, Any]
     listed: tuple[int, ...] = ()
-    open: float | None = None
+    part: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, command: Command, epochs: Sequence[int], **others: Any) -> Lengths:
@@ -55,8 +56,8 @@ def lengths_in(config: Mapping[str, Any], command: Command) -> Lengths:
     said |= {"image_size"} if command.flags.model.image_size is not None else set()
     values = {name: value if name in said else config.get(name, value) for name, value in own.flags.items()}
     stages = list[dict[str, Any]](config.get("stages") or [])
-    if command.listed is None and [set(stage) for stage in stages] == [{"open", "epochs"}]:
-        return Lengths(values, (), stages[0]["open"])
+    if command.listed is None and [set(stage) for stage in stages] in ([{*PART, "epochs"}], [{"open", "epochs"}]):
+        return Lengths(values, (), {key: value for key, value in stages[0].items() if key != "epochs"})
     if len(stages) != len(own.listed):  # of another run, which will be refused
         return own
     return Lengths(values, tuple(stage.get("epochs", values["epochs"]) for stage in stages))
@@ -65,8 +66,8 @@ def lengths_in(config: Mapping[str, Any], command: Command) -> Lengths:
 def with_lengths(command: Command, lengths: Lengths) -> Command:
     """*command* as if it had been typed with these *lengths*."""
     flags, listed = with_values(command.asked, lengths.flags, "--max-minutes"), command.listed
-    if lengths.open is not None:
-        listed = [{"open": lengths.open, "epochs": lengths.flags["epochs"]}]
+    if lengths.part:
+        listed = [{**lengths.part, "epochs": lengths.flags["epochs"]}]
     elif listed is not None:
         listed = [{**stage, "epochs": epochs} for stage, epochs in zip(listed, lengths.listed, strict=True)]
     stages = resolve_stages(flags, listed, command.where)

@@ -14,7 +14,7 @@ class StageFlags:
     """Peak learning rate of the head while all else is closed. Default: 1e-3; SGD 0.1, Lion 1e-4, LAMB 3e-3, LARS 3."""
     cache_features: bool = False
     """Compute the input of the head once per image and fit the head on that: head-only epochs cost almost nothing,
-    and augmentation is off in them."""
+    and augmentation is off in them. As a key of a stage: the input of its lowest open layer."""
     epochs: int = 10
     """Epochs after --freeze-epochs. 0 = head only."""
     batch_norm: Literal["auto", "frozen", "train", "sync"] = "auto"

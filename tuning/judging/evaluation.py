@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from tuning.averaging.norm_statistics import NormStatistics
 from tuning.data.loader import Micro
-from tuning.entering import Entered, HeadOnly
+from tuning.entering import Entered
 from tuning.errors import UserError
 from tuning.judging.gathering import gathered
 from tuning.judging.metrics import classification_metrics, rank_classes
 from tuning.losses import cross_entropy
+from tuning.open_part import Part
 from tuning.safety.agreement import average_statistics
 from tuning.safety.out_of_memory import InParts
 
@@ -29,7 +30,7 @@ class Judged(NamedTuple):
     Attributes:
         whose: their name in the curves: ``eval``, ``eval_ema`` or ``eval_swa``.
         model: the raw model that has them.
-        part: what to evaluate: `model`, or its head where the features are cached.
+        part: what to evaluate: `model`, or its open part where the features are cached.
     """
 
     whose: str
@@ -51,7 +52,7 @@ def judges(
     they are taken anew until the next one is asked for. Training goes on with its own.
 
     Args:
-        part: the raw model, or its head on cached features.
+        part: the raw model, or its open part on cached features.
         averages: models with averaged weights by name.
         image_size: that it is evaluated at, in pixels.
     """
@@ -59,7 +60,7 @@ def judges(
     for name, model in {"": entered.model, **averages}.items():
         buffers = dict(model.named_buffers())
         average_statistics(accelerator, [buffers[statistic] for statistic in moved])
-        of_average = HeadOnly(model) if entered.stage.cache_features else model
+        of_average = part.of(model) if isinstance(part, Part) else model
         judged = Judged(f"eval_{name}", model, of_average) if name else Judged("eval", model, part)
         with anew.estimated(model, moved if anew.wanted or name == "swa" else (), image_size):
             yield judged
@@ -79,7 +80,7 @@ def evaluate(
     left out; ``images`` in the result is the number that counted.
 
     Args:
-        model: the raw model (or a head on cached features).
+        model: the raw model (or its open part on cached features).
         feed: this process's part, as dealt out by `EvalOrder`: equally long on every process, filler at weight 0.
         images: images of the whole evaluation set.
         statistics: running statistics of *model* that training has moved apart; averaged over processes first.

@@ -14,9 +14,8 @@ from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tuning.data.loader import EvalFeed
 from tuning.errors import UserError
-from tuning.features import compute_features
+from tuning.features import EveryImage, pooled_features
 
 PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01)  # strong to weak: each fit starts from the one before
 FOLDS = 3
@@ -90,11 +89,20 @@ def _minimise(
 
 
 def fit_head(
-    accelerator: Accelerator, model: nn.Module, feed: EvalFeed, class_weights: Tensor | None, classes: int, seed: int
+    accelerator: Accelerator,
+    model: nn.Module,
+    feed: EveryImage,
+    part: nn.Module,
+    class_weights: Tensor | None,
+    classes: int,
+    seed: int,
 ) -> float:
-    """Compute the features of all pictures of *feed* and write the fitted head into the model. All processes take part.
+    """Compute the features of all images of *feed* and write the fitted head into the model. All processes take part.
 
     Rank 0 fits and the others copy, so that all hold the same bits.
+
+    Args:
+        part: of the model, that takes what *feed* gives; or the model, where that is pictures.
 
     Returns:
         the chosen penalty.
@@ -103,7 +111,7 @@ def fit_head(
         UserError: the model's head is more than one linear layer on pooled features.
     """
     classifier = linear_classifier(model)
-    features, labels = compute_features(accelerator, model, feed)
+    features, labels = pooled_features(accelerator, model, feed, part)
     weights = torch.ones(classes) if class_weights is None else class_weights
     penalty = 0.0
     if accelerator.is_main_process:

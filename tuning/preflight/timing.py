@@ -68,9 +68,10 @@ def expected_seconds(
         made = max(0, min(planned.steps, left))
         left -= made
         epochs = made / planned.steps_per_epoch
-        cached = planned.stage.cache_features  # its epochs cost next to nothing
         once = features + train * judging * (planned.stage.feature_views - 1)
-        seconds = once * (made > 0) if cached else epochs * (train * trial.seconds_per_image + judge)
+        seconds = once * (made > 0) if planned.stage.cache_features else 0.0
+        if not planned.stage.judged_once:  # else epochs cost next to nothing; the upper part on features at most this
+            seconds += epochs * (train * trial.seconds_per_image + judge)
         if made and number in searches:
             seconds += _searching(searches[number], planned.batch.batch_size * trial.seconds_per_image, data, judging)
         total += seconds
