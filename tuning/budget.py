@@ -19,7 +19,7 @@ from torch import nn
 
 from tuning import session, sharding
 from tuning.cli.command_line import Command
-from tuning.cli.lengths import AUGMENTATION, Lengths, augments_by_length, lengths_in, with_lengths
+from tuning.cli.lengths import AUGMENTATION, Lengths, augments_by_length, is_unsaid, lengths_in, with_lengths
 from tuning.data.sources import Data
 from tuning.data.tables import spread, take
 from tuning.engine import train_steps
@@ -53,6 +53,7 @@ STEPS = 6  # timed of every stage; the first warms up
 MARGIN = 0.08  # of the minutes, for what the timing did not see
 COPIES = 5  # weights, two moments of Adam, an average, and the best so far in model/
 PART = 0.5  # of the depth that is open where not even a few epochs of all layers fit
+PART_LR = 4e-4  # of `MINUTES_PRESET` for that part on features
 SAME_PICTURES = 10  # epochs on cached features at most: the pictures never change
 FEATURES = 2e9  # bytes of them at most, on every process
 LONG = 8  # epochs from which pictures are augmented; fewer don't overfit
@@ -173,7 +174,8 @@ def _upper(accelerator: Accelerator, setup: Setup, shape: Shape) -> tuple[Shape,
     changes = flags.regularisation.flip != "none" or only.augment != "none" or only.mixes or only.erases or only.varies
     if changes or flags.batch.grad_checkpointing:
         return live, ""
-    cached = shape._replace(part={"open": PART, "cache_features": True})
+    rate = {"lr": PART_LR} if is_unsaid(setup.command, "lr") else {}
+    cached = shape._replace(part={"open": PART, "cache_features": True, **rate})
     try:
         planned = _shaped(accelerator, setup, cached).stages[0]
     except UserError:  # its layers don't run one after the other

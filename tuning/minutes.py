@@ -53,11 +53,12 @@ class Costs:
             images: training images.
         """
         judging = self.judging or tuple(self.looked for _ in self.trained)
-        total = self.before + self.judged * self.looked + self.after  # the last look at model/
+        once = self.judged / self.sets * self.looked  # every evaluation image through the whole model
+        total = self.before + once + self.after  # the last look at model/
         if self.fitted:
             total += images * (judging[0] + self.fitted) + self.judged * judging[0]
         for each, judge, passes, length in zip(self.trained, judging, self.passes, epochs, strict=True):
-            total += passes * images * self.looked + (passes > 0) * self.judged / self.sets * self.looked
+            total += passes * images * self.looked + (passes > 0) * once
             total += length * (images * each + self.judged * judge + self.saved) if each else 0.0
         return total
 

@@ -42,7 +42,7 @@ def fitted(photos: str, name: str, balanced: bool) -> tuple[dict[str, Tensor], d
     weights = balanced_weights(label_array(data.train), len(data.classes)) if balanced else None
     before = state_of(model)
     feed = plain_feed(accelerator, data.train, planned, info, workers=0)
-    penalty = fit_head(accelerator, model, feed, weights, len(data.classes), seed=0)
+    penalty = fit_head(accelerator, model, feed, model, weights, len(data.classes), seed=0)
     return before, state_of(model), penalty
 
 

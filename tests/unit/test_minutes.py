@@ -45,7 +45,7 @@ def test_the_seconds_of_a_run() -> None:
     )
     part = dataclasses.replace(FITTED, passes=(1,), judging=(0.0005,), sets=2)
     fit, epochs = 1000 * (0.0005 + 0.001) + 500 * 0.0005, 3 * (10 + 500 * 0.0005)
-    assert part.seconds([3], 1000) == pytest.approx(10 + (2 + 250 * 0.002) + fit + epochs + 1 + 5)
+    assert part.seconds([3], 1000) == pytest.approx(10 + (2 + 250 * 0.002) + fit + epochs + 0.5 + 5)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_lengths_of_listed_stages() -> None:
     assert lengths_in({"epochs": 3}, asked).listed == tuple(stage.epochs for stage in asked.stages), "of another run"
 
 
-@pytest.mark.parametrize("part", [{"open": 0.5}, {"open": 0.5, "cache_features": True}])
+@pytest.mark.parametrize("part", [{"open": 0.5}, {"open": 0.5, "cache_features": True, "lr": 4e-4}])
 def test_a_size_and_a_depth_go_into_the_command_and_come_back_from_its_config(part: dict[str, Any]) -> None:
     import yaml
 
@@ -150,12 +150,19 @@ def test_a_size_and_a_depth_go_into_the_command_and_come_back_from_its_config(pa
     lengths = dataclasses.replace(Lengths.of(asked, [2], image_size=160, augment="light"), part=part)
     chosen = with_lengths(asked, lengths)
     assert [(stage.open, stage.epochs, stage.augment, stage.lr) for stage in chosen.stages] == [
-        (0.5, 2, "light", asked.stages[0].lr)
+        (0.5, 2, "light", part.get("lr", asked.stages[0].lr))
     ]
     assert chosen.stages[0].cache_features == ("cache_features" in part)
     assert chosen.flags.model.image_size == 160
     assert lengths_in(yaml.safe_load(chosen.config), asked) == lengths
     assert with_lengths(asked, lengths_in(yaml.safe_load(chosen.config), asked)).config == chosen.config
+
+
+def test_a_rate_that_is_typed_stays_in_a_run_that_goes_on() -> None:
+    config = {"epochs": 5, "stages": [{"open": 0.5, "cache_features": True, "lr": 4e-4, "epochs": 5}]}
+    for typed, part in (((), {"lr": 4e-4}), (("--lr", "1e-3"), {})):
+        asked = parsed("--data", "photos", "--max-minutes", "2", *typed)
+        assert lengths_in(config, asked).part == {"open": 0.5, "cache_features": True} | part
 
 
 @pytest.mark.parametrize(

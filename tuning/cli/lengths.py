@@ -14,12 +14,17 @@ from tuning.cli.optimizer_defaults import resolved
 
 CHOSEN = ("freeze_epochs", "epochs", "limit_train", "image_size", "augment", "flip")
 AUGMENTATION = ("augment", "flip")
-PART = ("open", "cache_features")
+PART = {"open", "cache_features", "lr"}
 
 
 def augments_by_length(command: Command) -> bool:
     """Whether the epochs decide about augmentation: the flags are those of `MINUTES_PRESET`, and none was typed."""
-    return Path(command.where).stem == MINUTES_PRESET and command.typed.isdisjoint(AUGMENTATION)
+    return is_unsaid(command, *AUGMENTATION)
+
+
+def is_unsaid(command: Command, *names: str) -> bool:
+    """Whether the time may settle these flags: their values are those of `MINUTES_PRESET`, and none was typed."""
+    return Path(command.where).stem == MINUTES_PRESET and command.typed.isdisjoint(names)
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,8 @@ def lengths_in(config: Mapping[str, Any], command: Command) -> Lengths:
     said |= {"image_size"} if command.flags.model.image_size is not None else set()
     values = {name: value if name in said else config.get(name, value) for name, value in own.flags.items()}
     stages = list[dict[str, Any]](config.get("stages") or [])
-    if command.listed is None and [set(stage) for stage in stages] in ([{*PART, "epochs"}], [{"open", "epochs"}]):
-        return Lengths(values, (), {key: value for key, value in stages[0].items() if key != "epochs"})
+    if command.listed is None and len(stages) == 1 and {"open", "epochs"} <= set(stages[0]) <= {"epochs", *PART}:
+        return Lengths(values, (), {key: stages[0][key] for key in stages[0] if key in PART - command.typed})
     if len(stages) != len(own.listed):  # of another run, which will be refused
         return own
     return Lengths(values, tuple(stage.get("epochs", values["epochs"]) for stage in stages))
