@@ -113,7 +113,7 @@ def test_minutes_that_are_too_few_are_refused(coloured: Path, finetune: Run, mon
 
 
 SHORT = ("--model", "test_efficientnet", "--weights", "{weights}", "--batch-size", "12", "--workers", "0")
-HALF = {"open": 0.5, "cache_features": True, "lr": 4e-4, "epochs": 3}
+HALF = {"open": 0.5, "cache_features": True, "lr": 8e-4, "epochs": 3}
 FEW = {  # seconds of an image in a step, at the smallest size: what is chosen
     "all, larger": (0.01, {"image_size": None, "stages": None, "epochs": MOST_EPOCHS, "augment": "light"}),
     "all, small": (1.3, {"image_size": 96, "stages": None, "epochs": 8, "augment": "light"}),

@@ -19,8 +19,10 @@ from tuning.lr_search.trials import Search
 from tuning.models.build import ModelInfo
 from tuning.plan import StagePlan
 from tuning.preflight.trial import StageTrial
+from tuning.session import same_everywhere
 
-JUDGED_IMAGES = 32  # per process
+WARMING, TIMED = 32, 128  # evaluation images per process: what a few take is mostly the start
+SLOW = 1.0  # seconds of the first after which as few are timed
 
 
 def judging_seconds(
@@ -31,15 +33,17 @@ def judging_seconds(
     Raises:
         UserError: none of the pictures tried can be read.
     """
-    images = min(len(data.eval), JUDGED_IMAGES * accelerator.num_processes)
-    few = take(data.eval, np.arange(images))
-    seconds: list[float] = []
-    for _ in range(2):  # the first warms up
+
+    def timed(each: int) -> tuple[float, int]:
+        images = min(len(data.eval), each * accelerator.num_processes)
         started = time.perf_counter()
-        feed = plain_feed(accelerator, few, planned, info, workers)
+        feed = plain_feed(accelerator, take(data.eval, np.arange(images)), planned, info, workers)
         evaluate(accelerator, model, feed, images, len(data.classes))
-        seconds.append(time.perf_counter() - started)
-    return float(min(seconds) / images)
+        return same_everywhere(time.perf_counter() - started), images
+
+    warming, _ = timed(WARMING)
+    seconds, images = timed(TIMED if warming < SLOW else WARMING)
+    return seconds / images
 
 
 def expected_seconds(
