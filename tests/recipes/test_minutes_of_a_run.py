@@ -64,7 +64,7 @@ def test_the_run_ends_in_time_with_a_finished_schedule(timed: Path) -> None:
 def test_its_config_repeats_it_bit_for_bit_without_timing(
     timed: Path, finetune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "_costs", None)  # not to be called
+    monkeypatch.setattr(budget, "run_costs", None)  # not to be called
     done = finetune("--config", str(timed / "config.yaml"), "--output", "again")
     assert done.returncode == 0, done.stderr
     assert records(tmp_path / "again") == records(timed)
@@ -77,7 +77,7 @@ def test_a_run_that_goes_on_keeps_its_lengths(
     stopped = finetune(*flags, "--stop-after", "0.001")
     assert stopped.returncode == 75, stopped.stderr
     began = config(tmp_path / "run")
-    monkeypatch.setattr(budget, "_costs", None)  # not to be called
+    monkeypatch.setattr(budget, "run_costs", None)  # not to be called
     done = finetune(*flags)
     assert done.returncode == 0, done.stderr
     assert "keeps the epochs it began with" in done.stdout
@@ -95,7 +95,7 @@ def costing(seconds_per_image: float) -> Any:
 def test_less_than_an_epoch_trains_on_fewer_images(
     coloured: Path, finetune: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budget, "_costs", costing(10.5))
+    monkeypatch.setattr(budget, "run_costs", costing(10.5))
     done = finetune("--data", str(coloured), *HOW, *MINUTES, "--output", "run")
     assert done.returncode == 0, done.stderr
     chosen = config(tmp_path / "run")
@@ -105,7 +105,7 @@ def test_less_than_an_epoch_trains_on_fewer_images(
 
 
 def test_minutes_that_are_too_few_are_refused(coloured: Path, finetune: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "_costs", costing(60.0))
+    monkeypatch.setattr(budget, "run_costs", costing(60.0))
     done = finetune("--data", str(coloured), *HOW, *MINUTES)
     assert done.returncode == 2
     assert "--max-minutes 10 is too short: one epoch a stage over 12 images" in done.stderr
@@ -133,9 +133,9 @@ def test_the_time_decides_how_large_and_how_deep(
         times = (setup.info.input_size / 96) ** 2
         return Costs((each * times,), (0,), 0.0, 0.0, 12, before=1.0, after=1.0)
 
-    monkeypatch.setattr(budget, "_costs", costs)
+    monkeypatch.setattr(budget, "run_costs", costs)
     half = {"trained": (each / 2,), "judging": (0.0,), "passes": (1,)}
-    monkeypatch.setattr(budget, "_with_stages", lambda *given: dataclasses.replace(given[-1], **half))
+    monkeypatch.setattr(budget, "with_stages", lambda *given: dataclasses.replace(given[-1], **half))
     flags = [word.format(weights=weights) for word in SHORT]
     flags += ["--output", "run", "--tracker", "none", "--stop-after", "0.001"]
     done = finetune("--data", str(coloured), *flags, *MINUTES)

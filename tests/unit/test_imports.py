@@ -41,7 +41,8 @@ LAYER_0 = listed(
 )
 LAYER_2 = listed(
     {
-        "": "budget caching session precision entering engine feeds features sharding preparing frozen_choice rollback",
+        "": "budget run_costs caching session precision entering engine feeds features sharding preparing "
+        "frozen_choice rollback",
         "analysis": "last_look finishing",
         "averaging": "norm_statistics averages snapshots",
         "judging": "evaluation gathering predicting",
