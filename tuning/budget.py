@@ -33,7 +33,7 @@ from tuning.preparing import data_and_model, plan_stages
 from tuning.run_costs import Setup, run_costs, with_stages
 from tuning.safety import resuming
 
-MARGIN = 0.08  # of the minutes, for what the timing did not see
+MARGIN = 0.05  # of the minutes, for what the timing did not see
 PART = 0.5  # of the depth that is open where not even a few epochs of all layers fit
 PART_LR = 8e-4  # of `MINUTES_PRESET` for that part on features (docs/minutes.md)
 SAME_PICTURES = 10  # epochs on cached features at most: the pictures never change

@@ -33,9 +33,9 @@ from tuning.preparing import objective
 from tuning.progress import Progress
 from tuning.safety.unreadable import UnreadablePictures
 
-STEPS = 6  # timed of every stage; the first warms up
+STEPS = 5  # timed of every stage; the first warms up
 COPIES = 5  # weights, two moments of Adam, an average, and the best so far in model/
-CLOSING = 6.0  # seconds for the last checkpoint, pictures and report, on a CPU core of today
+CLOSING = 4.0  # seconds for the last checkpoint, pictures and report, on a CPU core of today
 
 
 class Setup(NamedTuple):
