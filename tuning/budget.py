@@ -34,11 +34,15 @@ from tuning.run_costs import Setup, run_costs, with_stages
 from tuning.safety import resuming
 
 MARGIN = 0.05  # of the minutes, for what the timing did not see
-PART = 0.5  # of the depth that is open where not even a few epochs of all layers fit
+PART = 0.5  # of the depth that is open where too few epochs of all layers fit
 PART_LR = 8e-4  # of `MINUTES_PRESET` for that part on features (docs/minutes.md)
 SAME_PICTURES = 10  # epochs on cached features at most: the pictures never change
 FEATURES = 2e9  # bytes of them at most, on every process
-LONG = 8  # epochs from which pictures are augmented; fewer don't overfit
+LONG = (
+    8  # epochs of all layers from which these are worth more than the upper part, and from which pictures are augmented
+)
+UPPER = f" Only the upper {PART:.0%} of the depth is trained"
+DON_T_FIT = "epochs of all layers don't fit."
 
 
 def within_minutes(
@@ -122,38 +126,58 @@ def _shape(accelerator: Accelerator, setup: Setup, seconds: float) -> tuple[Shap
     asked = Shape(flags.model.image_size)
     if len(setup.stages) > 1 or only.open != "all" or setup.command.listed or flags.model.weights == "none":
         return asked, run_costs(accelerator, setup), ""
-    own, why, sizes = setup.info.input_size, "", _sizes(setup)
+    own, sizes = setup.info.input_size, _sizes(setup)
     smallest = asked if sizes[0] == own else Shape(sizes[0])
     costs = run_costs(accelerator, _shaped(accelerator, setup, smallest))
+    part, sizes, why = _depth(accelerator, setup, smallest, sizes, costs, seconds)
+    if part:
+        smallest = smallest._replace(part=part)
+        costs = with_stages(accelerator, _shaped(accelerator, setup, smallest), costs)
     size = size_that_fits(sizes, costs, images, seconds)
-    shape = smallest if size == sizes[0] else Shape(size) if size < own else asked
-    if size < own:
-        why = f" {size} pixels instead of {own}: at more, {ENOUGH_EPOCHS} epochs don't fit."
+    shape = smallest if size == sizes[0] else Shape(size if size < own else asked.image_size, part)
     if shape != smallest:
         costs = run_costs(accelerator, _shaped(accelerator, setup, shape))
+    if size < own:
+        why = f" {size} pixels instead of {own}: at more, {ENOUGH_EPOCHS} epochs{why and ' of it'} don't fit." + why
+    return shape, costs, why
+
+
+def _depth(
+    accelerator: Accelerator, setup: Setup, smallest: Shape, sizes: tuple[int, ...], costs: Costs, seconds: float
+) -> tuple[dict[str, Any], tuple[int, ...], str]:
+    """Keys of the stage if a part of the depth is trained, the sizes at which that is possible, the reason in words.
+
+    Args:
+        costs: of all layers, at the smallest size.
+    """
+    images = len(setup.data.train)
+    if costs.seconds([LONG], images) <= seconds:
+        return {}, sizes, ""
+    part, stored = _on_features(accelerator, setup, smallest)
+    if part:
+        fitting = tuple(size for size in sizes if stored * (size / sizes[0]) ** 2 <= FEATURES)
+        return part, fitting, f"{UPPER}, on what the rest makes of every image, computed once: {LONG} {DON_T_FIT}"
     if costs.seconds([FEW_EPOCHS], images) <= seconds:
-        return shape, costs, why
-    shape, once = _upper(accelerator, setup, shape)
-    why += f" Only the upper {PART:.0%} of the depth is trained{once}: {FEW_EPOCHS} epochs of all layers don't fit."
-    return shape, with_stages(accelerator, _shaped(accelerator, setup, shape), costs), why
+        return {}, sizes, ""
+    return {"open": PART}, sizes, f"{UPPER}: {FEW_EPOCHS} {DON_T_FIT}"
 
 
-def _upper(accelerator: Accelerator, setup: Setup, shape: Shape) -> tuple[Shape, str]:
-    """With the upper part open; on features where pictures don't change, the model can and the memory is enough."""
+def _on_features(accelerator: Accelerator, setup: Setup, shape: Shape) -> tuple[dict[str, Any], int]:
+    """Keys of a stage of the upper part on features, and their bytes.
+
+    Without keys where pictures change from epoch to epoch, the model can't be taken apart or the features are too many.
+    """
     only, flags = setup.stages[0].stage, setup.command.flags
-    live = shape._replace(part={"open": PART})
     changes = flags.regularisation.flip != "none" or only.augment != "none" or only.mixes or only.erases or only.varies
     if changes or flags.batch.grad_checkpointing:
-        return live, ""
+        return {}, 0
     rate = {"lr": PART_LR} if is_unsaid(setup.command, "lr") else {}
-    cached = shape._replace(part={"open": PART, "cache_features": True, **rate})
+    part = {"open": PART, "cache_features": True, **rate}
     try:
-        planned = _shaped(accelerator, setup, cached).stages[0]
+        (planned,) = _shaped(accelerator, setup, shape._replace(part=part)).stages
     except UserError:  # its layers don't run one after the other
-        return live, ""
-    if planned.feature_bytes > FEATURES:
-        return live, ""
-    return cached, ", on what the rest makes of every image, computed once"
+        return {}, 0
+    return (part if planned.feature_bytes <= FEATURES else {}), planned.feature_bytes
 
 
 def _sizes(setup: Setup) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 MOST_EPOCHS = 40  # of stages that are made longer than they were
-ENOUGH_EPOCHS = 6  # of all layers; only what is left then goes into larger pictures
+ENOUGH_EPOCHS = 6  # only what is left then goes into larger pictures
 FEW_EPOCHS = 3  # of all layers; if not even these fit, half of the layers stay closed
 SMALLEST = 4 / 7  # of the side that the weights were trained at: 128 pixels of 224
 
@@ -100,11 +100,11 @@ def smaller_sizes(own: int, stride: int) -> tuple[int, ...]:
 
 
 def size_that_fits(sizes: Sequence[int], costs: Costs, images: int, seconds: float) -> int:
-    """The largest of *sizes* at which `ENOUGH_EPOCHS` of all layers fit, else the smallest.
+    """The largest of *sizes* at which `ENOUGH_EPOCHS` fit, else the smallest.
 
     Args:
         sizes: sides in pixels, ascending.
-        costs: of all layers, at the smallest size.
+        costs: of one stage, at the smallest size.
     """
     for size in reversed(sizes[1:]):
         if costs.at_area((size / sizes[0]) ** 2).seconds([ENOUGH_EPOCHS], images) <= seconds:
