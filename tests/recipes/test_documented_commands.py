@@ -32,7 +32,7 @@ ELSEWHERE = {
 FAMILIES = {"convnext": "test_convnext", "resnet": "test_resnet", "vit": "test_vit", "M": "test_convnext"}  # seconds
 WITH_WEIGHTS = "tf_efficientnet_lite0"  # for what judges a pretrained model: its weights come with pip
 PLACES = {"s3://bucket/photos": "shards", "/mnt/photos": "shards"}  # no store, no such disk
-VALUES = {"--max-minutes": "0.5", "--trials": "2"}
+VALUES = {"--max-minutes": "1.5", "--trials": "2"}
 SHORTER = {
     "recipes/finetune.py": ("--max-steps", "3"),
     "recipes/sweep.py": ("--max-steps", "3"),
@@ -119,7 +119,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise().save(home / "a.jpg")
     (home / "b" / "deep").mkdir(parents=True)
     noise().save(home / "b" / "deep" / "1.png")
-    write_shards(home / "shards", {"train": (36, 36), "val": (8,)})
+    write_shards(home / "shards", {"train": (48, 48), "val": (8,)})
     train = "accelerate launch recipes/finetune.py --data photos --model convnext_tiny --output runs/made"
     ends_well(here(train.split()), home)
     for name in RUNS.split():
