@@ -30,7 +30,7 @@ ELSEWHERE = {
 }
 # What a command is given instead of what it names, and why.
 FAMILIES = {"convnext": "test_convnext", "resnet": "test_resnet", "vit": "test_vit", "M": "test_convnext"}  # seconds
-WITH_WEIGHTS = "tf_efficientnet_lite0"  # for what judges a pretrained model: its weights come with pip
+WITH_WEIGHTS = "tf_efficientnet_lite0"  # for what needs a pretrained model; these weights come with pip
 PLACES = {"s3://bucket/photos": "shards", "/mnt/photos": "shards"}  # no store, no such disk
 VALUES = {"--max-minutes": "1.5", "--trials": "2"}
 SHORTER = {
@@ -40,8 +40,8 @@ SHORTER = {
 }
 DEMO = ("--limit-train", "128", "--limit-eval", "32")  # of its 2,624 photos
 RUNS = "first second photos a b c a0 a1 a2 b0 b1 b2 plain-1 plain-2 best-1 best-2"
-STUDIES = {  # module -> flags instead of those shown, where these take minutes to hours
-    "tests.benchmarks": ("loader", "--quick"),
+STUDIES = {  # module -> flags beside or instead of those shown, which take minutes to hours
+    "tests.benchmarks": ("--quick",),
     "tests.benchmarks.frozen": ("--quick",),
     "tests.benchmarks.loader": ("--quick",),
     "tests.benchmarks.startup": ("--quick",),
@@ -50,10 +50,17 @@ STUDIES = {  # module -> flags instead of those shown, where these take minutes 
     "tests.benchmarks.saving": ("--window", "2", "--pairs", "1"),
     "tests.benchmarks.linear_probe": ("--seeds", "0", "--image-size", "32"),
     "tests.benchmarks.precision_levels": ("--seeds", "0", "--epochs", "1"),
-    "tests.benchmarks.lr_study": ("--out", "study", "--table"),
-    "tests.benchmarks.short_budget": ("--data", "patterns", "--minutes", "0.5", "--tools", "ours", "probe"),
-    "tests.faults.campaign": ("--seed", "1"),
+    "tests.benchmarks.lr_study": (
+        *("--out", "study", "--data", "elpv", "--models", "convnext_atto"),
+        *("--optimizers", "adamw", "--only", "auto"),
+    ),
+    "tests.benchmarks.short_budget": (
+        *("--out", "study", "--data", "patterns", "--minutes", "1.5"),
+        *("--tools", "ours", "probe"),
+    ),
+    "tests.faults.campaign": ("--runs", "1", "--seed", "1"),
 }
+ALL_BENCHMARKS = "tests.benchmarks"  # one after the other; one is run
 
 
 def here(words: Sequence[str]) -> tuple[str, ...]:
@@ -62,7 +69,7 @@ def here(words: Sequence[str]) -> tuple[str, ...]:
     given = []
     for before, word in zip(("", *words), words, strict=False):
         if before == "--model":
-            given += small(word, recipe)
+            given += (WITH_WEIGHTS,) if "quick" in words else small(word, recipe)
         else:
             place = next((place for place in PLACES if word.startswith(place)), "")
             given.append(VALUES.get(before, PLACES.get(place, "") + word.removeprefix(place)))
@@ -157,11 +164,21 @@ def test_launch(words: tuple[str, ...], reader: Path) -> None:
         assert ends_well([word for word in words if word != "--submit"], reader)
 
 
-@pytest.mark.parametrize("words", commands(MODULE), ids=name_of)
+def shorter(words: Sequence[str]) -> tuple[str, ...]:
+    """The study with few pictures, steps and seeds."""
+    at = words.index("-m") + 2
+    instead, kept, keeps = STUDIES.get(words[at - 1], ()), [], True
+    for word in words[at:]:
+        keeps = word not in instead if word.startswith("--") else keeps
+        kept += [word] * keeps
+    if words[at - 1] == ALL_BENCHMARKS and not kept:
+        kept = ["loader"]
+    return (*words[:at], *kept, *instead)
+
+
+@pytest.mark.parametrize("words", sorted({shorter(words) for words in commands(MODULE)}), ids=name_of)
 def test_studies(words: tuple[str, ...], tmp_path: Path) -> None:
-    at = words.index("-m") + 1
-    flags = words[at + 1 :] if "--list" in words else STUDIES.get(words[at], words[at + 1 :])
-    assert ends_well([*words[: at + 1], *flags], tmp_path)
+    assert ends_well(words, tmp_path)
 
 
 @pytest.mark.parametrize("words", commands(PYTEST), ids=name_of)
