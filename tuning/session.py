@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import time
+import warnings
 from datetime import timedelta
 from typing import Literal, TypeVar
 
@@ -24,6 +25,9 @@ from tuning.errors import UserError
 from tuning.precision import ACCELERATE_NAMES, Level, level_of, remember
 from tuning.safety.agreement import join_hosts
 from tuning.safety.heartbeat import start_heartbeat
+
+# Accelerate has no word yet for what torch 2.15 calls it; every process would say so at every stage.
+warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
 
 T = TypeVar("T")
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)

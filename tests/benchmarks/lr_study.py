@@ -81,7 +81,7 @@ def main() -> None:
 def make_runs(out: Path, cells: list[Cell], only: str | None) -> None:
     """Add a line to ``runs.jsonl`` for every run of *cells* that has none yet."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-    photos = {name: write_set(name, out / name) for name in DATA}
+    photos = {name: write_set(name, out / name) for name in {cell.data for cell in cells}}
 
     def make(run: Run) -> None:
         with tempfile.TemporaryDirectory() as folder:

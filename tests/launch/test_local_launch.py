@@ -38,6 +38,7 @@ def summary(folder: Path) -> dict[str, object]:
 def test_two_processes(folder: Path) -> None:
     done = launch(folder, "--processes 2 --env SAID=yes", "--epochs", "1")
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     assert (summary(folder)["status"], summary(folder)["world_size"]) == ("done", 2)
 
 

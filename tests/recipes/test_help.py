@@ -72,7 +72,11 @@ def test_answers_at_once(argv: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [("--modle", "--model"), ("--batchsize", "--batch-size"), ("--layer-decai", "--layer-decay")]
+    ("typed", "meant"),
+    [
+        *(("--modle", "--model"), ("--batchsize", "--batch-size"), ("--layer-decai", "--layer-decay")),
+        *(("--learning-rate", "--lr"), ("--num_train_epochs", "--epochs")),
+    ],
 )
 def test_an_unknown_flag_names_the_nearest(typed: str, meant: str) -> None:
     done = run(typed, "1")

@@ -20,6 +20,7 @@ import pytest
 import torch
 from pictures import noise, write_classes
 from ranks import run_ranks
+from recipe_runs import Run
 from torch import nn
 
 ROOT = Path(__file__).parents[2]
@@ -375,6 +376,19 @@ def test_a_replayed_step_takes_exactly_its_images(photos: Path, tmp_path: Path) 
     refused = check(tmp_path / "2", *flags)
     assert (refused.status, refused.summary) == (2, {})
     assert "names 'other.jpg' as row 20 of the training data" in refused.said
+
+
+def test_the_step_that_ended_a_run_is_replayed(photos: Path, tmp_path: Path, finetune: Run) -> None:
+    """As documented: with the run's config, its file and the weights of its last checkpoint."""
+    flags = ("--batch-size", "8", "--freeze-epochs", "0", "--lr", "1e30", "--max-skipped", "1", "--save-every", "1")
+    assert finetune("--data", str(photos), *VIT, *flags, "--output", "ended").returncode == 2
+    ended = tmp_path / "ended"
+    (step,) = (ended / "faults").iterdir()
+    weights = max(ended.glob("checkpoints/step-*/model.safetensors"))
+    asked = ("--config", str(ended / "config.yaml"), "--replay", str(step), "--weights", str(weights))
+    done = check(tmp_path, *asked)
+    assert (done.status, done.summary["verdict"], done.summary["train_images"]) == (1, "FAIL", 8), done.said
+    assert done.kinds == {"not-finite"}
 
 
 def spy_on_rows(log: Path) -> Plant:

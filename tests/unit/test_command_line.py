@@ -443,6 +443,12 @@ def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         signal.signal(number, handler)
 
 
+def of_run(folder: str) -> KeyboardInterrupt:
+    error = KeyboardInterrupt("SIGTERM")
+    error.add_note(folder)
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [
@@ -450,6 +456,7 @@ def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         (UserError("too few"), 2, "error: too few"),
         (KeyboardInterrupt(), 75, "stopped on Ctrl-C; --resume auto"),
         (KeyboardInterrupt("SIGTERM, after step 12"), 75, "stopped on SIGTERM, after step 12; --resume auto"),
+        (of_run("my run"), 75, "stopped on SIGTERM; --resume auto --output 'my run' goes on from the last checkpoint."),
         (ProcessLost("process 1 hangs."), 1, "error (process 0): process 1 hangs."),
         (OSError(errno.ENOSPC, "No space left", "run/x"), 2, "error: run/x: No space left. Free some space; then"),
         (OSError(errno.EDQUOT, "Quota exceeded"), 2, "error: a file: Quota exceeded. Free some space; then"),

@@ -7,27 +7,17 @@ import dataclasses
 import importlib
 import itertools
 import re
-import shlex
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from documented import DOCUMENTS, LAUNCH, MODULE, PYTEST, RECIPE, ROOT, commands, joined, name_of
 
 from launch.command_line import TARGETS, _parser, _split
 from tuning.cli.command_line import parse_command
 from tuning.flags import Flags
 
-ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted(
-    {*ROOT.glob("*.md"), *(p for f in ("docs", "launch", "accelerate_configs") for p in (ROOT / f).rglob("*.md"))}
-)
-RECIPE = re.compile(r"(?<!-- )\b(?:accelerate launch|python)(?: --[^`\n]*?)? (recipes/\w+\.py)\b([^`\n]*)")
-LAUNCH = re.compile(r"\bpython -m launch ((?:local|slurm|kubernetes|sky)\b[^`\n]*)")
-MODULE = re.compile(r"-m (tests(?:\.\w+)+)([^`\n]*?)(?=-->|[`\n])")
-PYTEST = re.compile(r"(?:^|[`&] ?)(pytest\b[^`\n]*)", re.M)
-PLACEHOLDERS = {" ...": "", "$seed": "1", "--seed S": "--seed 1", "--machine-rank R": "--machine-rank 0"}
 SUFFIXES = {"py", "json", "jsonl", "html", "png", "yaml", "parquet", "csv", "txt", "safetensors", "onnx", "pt2"}
 NO_RUN_FLAGS = "recipes/compare.py"  # it takes folders alone
 OF_OTHERS = {  # flags of other programs
@@ -36,24 +26,9 @@ OF_OTHERS = {  # flags of other programs
 }
 
 
-def joined(document: Path) -> str:
-    """Its text without the breaks of long commands."""
-    return re.sub(r"\s*\\\n\s*", " ", document.read_text(encoding="utf-8"))
-
-
-def commands(pattern: re.Pattern[str]) -> Iterator[tuple[str, ...]]:
-    """Words of every command, in all documents."""
-    for document in DOCUMENTS:
-        for match in pattern.finditer(joined(document)):
-            text = " ".join(match.groups())
-            for placeholder, value in PLACEHOLDERS.items():
-                text = text.replace(placeholder, value)
-            text = re.split(r" #|; done| \| | > ", text)[0]
-            yield tuple(shlex.split(text))
-
-
 def parse_recipe(words: tuple[str, ...]) -> None:
-    recipe, *argv = words
+    at = next(place for place, word in enumerate(words) if word.startswith("recipes/"))
+    recipe, *argv = words[at:]
     if recipe != NO_RUN_FLAGS:
         parse_command(argv, recipe, "", ROOT / "recipes" / "presets")
     else:
@@ -61,7 +36,7 @@ def parse_recipe(words: tuple[str, ...]) -> None:
     assert (ROOT / recipe).exists()
 
 
-@pytest.mark.parametrize("words", sorted({*commands(RECIPE)}), ids=lambda words: " ".join(words)[8:80])
+@pytest.mark.parametrize("words", commands(RECIPE), ids=name_of)
 def test_recipes_take_the_commands(words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for flag, name in itertools.pairwise(words):
@@ -71,25 +46,27 @@ def test_recipes_take_the_commands(words: tuple[str, ...], tmp_path: Path, monke
     parse_recipe(words)
 
 
-@pytest.mark.parametrize("words", sorted({*commands(LAUNCH)}), ids=lambda words: " ".join(words)[:80])
+@pytest.mark.parametrize("words", commands(LAUNCH), ids=name_of)
 def test_launch_takes_the_commands(words: tuple[str, ...]) -> None:
-    assert words[0] in TARGETS
-    own, recipe = _split(words[1:])
-    _parser(words[0]).parse_args(own)
+    target, *rest = words[3:]  # after python -m launch
+    assert target in TARGETS
+    own, recipe = _split(rest)
+    _parser(target).parse_args(own)
     if recipe:
         parse_recipe(tuple(recipe))
 
 
-@pytest.mark.parametrize("words", sorted({*commands(MODULE)}), ids=lambda words: " ".join(words)[:80])
+@pytest.mark.parametrize("words", commands(MODULE), ids=name_of)
 def test_benchmarks_and_campaigns_take_the_commands(words: tuple[str, ...]) -> None:
-    module = ROOT.joinpath(*words[0].split("."))
+    at = words.index("-m") + 1
+    module = ROOT.joinpath(*words[at].split("."))
     file = module / "__main__.py" if module.is_dir() else module.with_suffix(".py")
     text = file.read_text(encoding="utf-8")
-    unknown = [word for word in words[1:] if word.startswith("--") and f'add_argument("{word}"' not in text]
+    unknown = [word for word in words[at:] if word.startswith("--") and f'add_argument("{word}"' not in text]
     assert unknown == []
 
 
-@pytest.mark.parametrize("words", sorted({*commands(PYTEST)}), ids=lambda words: " ".join(words)[:80])
+@pytest.mark.parametrize("words", commands(PYTEST), ids=name_of)
 def test_what_pytest_is_asked_for_is_there(words: tuple[str, ...]) -> None:
     taken = {"-m", "slow", "-n", "0"}
     assert [word for word in words[1:] if word not in taken and not (ROOT / word).exists()] == []

@@ -329,7 +329,7 @@ def test_too_many_in_a_row_end_the_run_with_their_images(tmp_path: Path) -> None
     loss = loss_with({n: float("nan") for n in (1, 4, 5, 6)})
     faults = counter(tmp_path / "faults", limit=3)
     steps = train_steps(accelerator, entered, feed, loss, clipping(0.0, None, None), progress, 0)
-    with pytest.raises(UserError, match=r"3 optimizer steps in a row.*first step 5 in stage 1") as caught:
+    with pytest.raises(UserError, match=r"3 optimizer steps in a row.*first step 5 in stage 2") as caught:
         deque(faults.count(step, float(step.loss), float(step.grad_norm), progress) for step in steps)
     assert (progress.step, progress.skipped, progress.skipped_in_a_row) == (7, 4, 3)
     (path,) = (tmp_path / "faults").iterdir()

@@ -17,7 +17,7 @@ from tuning.cli.checks import check_flags, flat
 from tuning.cli.coerce import as_key, coerce, field_types, named_file, read_yaml, shown
 from tuning.cli.effects import refuse_sampling, refuse_without_effect
 from tuning.cli.ending import allow_any_letters, explained, print_yaml, rank, recorded, report, say, say_stopped
-from tuning.cli.flag_parser import parse_flags
+from tuning.cli.flag_parser import parse_flags, refuse_names_of_others
 from tuning.cli.optimizer_defaults import defaults_of, resolved, resolved_stages
 from tuning.cli.run_defaults import OPENING, data_of_run
 from tuning.errors import UserError, did_you_mean
@@ -121,6 +121,7 @@ def parse_command(argv: Sequence[str], name: str, description: str, presets: Pat
         SystemExit: 2 on a malformed command line, 0 on ``--help``; the message has been printed.
     """
     argv = _joined(argv)
+    refuse_names_of_others(argv)
     values, listed, where = _read_file(argv, presets, name)
     default = with_values(Flags(), values, where)
     flags = _typed_decay_wins(parse_flags(argv, name, description, default), default)

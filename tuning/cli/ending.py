@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -72,10 +73,14 @@ def report(error: UserError) -> None:
 
 
 def say_stopped(error: KeyboardInterrupt, remedy: str) -> None:
-    """All processes stop together, so rank 0 speaks for them."""
-    reason = str(error) or "Ctrl-C"
+    """All processes stop together, so rank 0 speaks for them.
+
+    Args:
+        remedy: what to do then; FOLDER in it is that of the run, which a note of *error* names.
+    """
+    reason, notes = str(error) or "Ctrl-C", getattr(error, "__notes__", ())
     if rank() == 0:
-        say(f"stopped on {reason}; {remedy}")
+        say(f"stopped on {reason}; {remedy.replace('FOLDER', shlex.quote(notes[0])) if notes else remedy}")
 
 
 def rank() -> int:

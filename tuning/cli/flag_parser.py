@@ -27,9 +27,25 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from tuning.cli.coerce import WholeNumbers, field_types
+from tuning.cli.coerce import WholeNumbers, as_key, field_types
+from tuning.errors import UserError
 from tuning.flags import Flags
 
+NAMES_OF_OTHERS = {  # flags of timm's and Hugging Face's scripts -> ours
+    "learning_rate": "lr",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "micro-batch",
+    "train_dir": "data",
+    "dataset_name": "data",
+    "output_dir": "output",
+    "pretrained": "weights",
+    "model_name_or_path": "model",
+    "amp": "precision",
+    "bf16": "precision",
+    "opt": "optimizer",
+    "sched": "schedule",
+}
 SEVERAL = {
     tuple: PrimitiveConstructorSpec(
         nargs="*",
@@ -60,12 +76,24 @@ def parse_flags(argv: Sequence[str], name: str, description: str, default: Flags
         Flags,
         args=list(argv),
         default=default,
-        prog=name,
+        prog=f"python {name}",  # its errors say that this with --help tells more
         description=description,
         config=(tyro.conf.OmitArgPrefixes,),
         registry=registry,
         console_outputs=os.environ.get("RANK", "0") == "0",
     )
+
+
+def refuse_names_of_others(argv: Sequence[str]) -> None:
+    """Flags that other programs have for the same: nothing in their letters leads to ours.
+
+    Raises:
+        UserError: names ours.
+    """
+    for word in argv:
+        typed = as_key(word[2:].partition("=")[0]) if word.startswith("--") else ""
+        if typed in NAMES_OF_OTHERS:
+            raise UserError(f"{word.partition('=')[0]} is no flag here. Perhaps you meant --{NAMES_OF_OTHERS[typed]}.")
 
 
 def _group(info: StructTypeInfo) -> StructConstructorSpec | None:

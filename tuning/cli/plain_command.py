@@ -28,7 +28,7 @@ def run_plain(recipe: Callable[[Asked], None], asked: type[Asked], name: str) ->
     interrupts.listen()
     allow_any_letters()
     try:
-        recipe(tyro.cli(asked, args=sys.argv[1:], prog=name, description=recipe.__doc__))
+        recipe(tyro.cli(asked, args=sys.argv[1:], prog=f"python {name}", description=recipe.__doc__))
     except UserError as error:
         report(error)
         sys.exit(2)

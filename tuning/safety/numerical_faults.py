@@ -53,7 +53,7 @@ class NumericalFaults:
             write_atomically(path, json.dumps(described, indent=1) + "\n")
         raise UserError(
             f"{progress.skipped_in_a_row} optimizer steps in a row had a loss or gradient that is not finite, first "
-            f"step {step.step} in stage {progress.stage} (loss {loss}, gradient norm {grad_norm}, head LR "
+            f"step {step.step} in stage {progress.stage + 1} (loss {loss}, gradient norm {grad_norm}, head LR "
             f"{max(step.lrs.values()):.3g}); its images are listed in {path}. Lower --lr, add --warmup-epochs, lower "
             "--clip-norm, or look at these images."
         )

@@ -104,7 +104,7 @@ class Speaker:
                 self.say("warning: no good checkpoint is left; the run starts from the beginning.")
             return
         self.say(
-            f"Going on from {shown_path(found.folder)}: step {found.progress.step:,}, stage {found.progress.stage}."
+            f"Going on from {shown_path(found.folder)}: step {found.progress.step:,}, stage {found.progress.stage + 1}."
         )
         if found.world_size != world_size:
             self.say(

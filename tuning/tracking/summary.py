@@ -128,7 +128,7 @@ def _version(package: str) -> str | None:
 def failure_noted(folder: RunFolder, is_main: bool) -> Iterator[None]:
     """Leave ``summary.json`` when the body raises: ``failed`` and the error, or ``preempted`` and the reason.
 
-    A `KeyboardInterrupt` is a request to stop, its text the reason.
+    A `KeyboardInterrupt` is a request to stop, its text the reason; it gets the folder as a note, for the last words.
     """
     try:
         yield
@@ -141,6 +141,7 @@ def failure_noted(folder: RunFolder, is_main: bool) -> Iterator[None]:
 def _note(folder: RunFolder, error: BaseException) -> None:
     if isinstance(error, KeyboardInterrupt):
         summary = {"status": "preempted", "reason": str(error) or "Ctrl-C"}
+        error.add_note(str(folder.path))
     else:
         summary = {"status": "failed", "error": f"{type(error).__name__}: {error}"}
     try:
