@@ -32,7 +32,7 @@ ELSEWHERE = {
 FAMILIES = {"convnext": "test_convnext", "resnet": "test_resnet", "vit": "test_vit", "M": "test_convnext"}  # seconds
 WITH_WEIGHTS = "tf_efficientnet_lite0"  # for what needs a pretrained model; these weights come with pip
 PLACES = {"s3://bucket/photos": "shards", "/mnt/photos": "shards"}  # no store, no such disk
-VALUES = {"--max-minutes": "1.5", "--trials": "2"}
+VALUES = {"--max-minutes": "2", "--trials": "2"}
 SHORTER = {
     "recipes/finetune.py": ("--max-steps", "3"),
     "recipes/sweep.py": ("--max-steps", "3"),
