@@ -38,9 +38,7 @@ PART = 0.5  # of the depth that is open where too few epochs of all layers fit
 PART_LR = 8e-4  # of `MINUTES_PRESET` for that part on features (docs/minutes.md)
 SAME_PICTURES = 10  # epochs on cached features at most: the pictures never change
 FEATURES = 2e9  # bytes of them at most, on every process
-LONG = (
-    8  # epochs of all layers from which these are worth more than the upper part, and from which pictures are augmented
-)
+LONG = 8  # epochs from which all layers are worth more than the upper ones, and augmentation more than nothing
 UPPER = f" Only the upper {PART:.0%} of the depth is trained"
 DON_T_FIT = "epochs of all layers don't fit."
 

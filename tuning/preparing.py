@@ -16,6 +16,8 @@ from tuning.clipping import Clip, clipping
 from tuning.data.grey import are_grey
 from tuning.data.sources import Data, open_data
 from tuning.data.tables import label_array
+from tuning.depth import open_names
+from tuning.errors import UserError
 from tuning.flags import ColorName, Flags
 from tuning.frozen_choice import check_forward
 from tuning.image_sizes import run_sizes
@@ -90,9 +92,24 @@ def plan_stages(
     )
     check_sizes(plan, model, info)
     check_forward(accelerator, flags)
+    if flags.regularisation.ema_decay is not None:
+        _refuse_lagging(plan, model)
     if flags.model.head_init == "fitted":
         linear_classifier(model)
     return plan
+
+
+def _refuse_lagging(plan: Sequence[StagePlan], model: nn.Module) -> None:
+    """Features are what the trained weights make of an image; an average whose closed layers lag behind has others."""
+    moved = frozenset[str]()
+    for stage in (planned.stage for planned in plan):
+        opened = open_names(model, stage.open)
+        if stage.cache_features and moved - opened:
+            raise UserError(
+                f"stage {stage.name!r}: cache_features with --ema-decay, after a stage that trains what is closed now: "
+                "the average lags behind the layers that the features come from. Leave one of the two out."
+            )
+        moved |= opened
 
 
 def _settled_colors(accelerator: Accelerator, stages: Sequence[Stage], data: Data) -> list[Stage]:

@@ -97,3 +97,17 @@ def test_the_upper_part_on_features_resumes(photos: Path, finetune: Run, tmp_pat
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     best = [summary(tmp_path / run)["best"] for run in ("run", "whole")]
     assert best[0] == best[1]
+
+
+@pytest.mark.parametrize("depth", ["head", "0.5"])
+def test_features_that_an_average_would_not_have_are_refused(
+    depth: str, photos: Path, finetune: Run, tmp_path: Path
+) -> None:
+    """After a stage that opens everything the average's lower layers lag behind those that make the features."""
+    stages = f"stages: [{{open: all, epochs: 1}}, {{open: {depth}, epochs: 2, cache_features: true}}]"
+    (tmp_path / "back.yaml").write_text(f"{stages}\n")
+    flags = ("--data", str(photos), *SMALL, "--preset", "back.yaml", "--workers", "0", "--augment", "none", "--dry-run")
+    refused = finetune(*flags, "--ema-decay", "0.9")
+    assert refused.returncode == 2
+    assert "the average lags behind the layers that the features come from" in refused.stderr
+    assert finetune(*flags).returncode == 0
