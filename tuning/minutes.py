@@ -56,7 +56,8 @@ class Costs:
         once = self.judged / self.sets * self.looked  # every evaluation image through the whole model
         total = self.before + once + self.after  # the last look at model/
         if self.fitted:
-            total += images * (judging[0] + self.fitted) + self.judged * judging[0]
+            look = judging[0] if self.passes[0] == 1 else self.looked  # several views are augmented; the fit sees none
+            total += images * (look + self.fitted) + self.judged * judging[0]
         for each, judge, passes, length in zip(self.trained, judging, self.passes, epochs, strict=True):
             total += passes * images * self.looked + (passes > 0) * once
             total += length * (images * each + self.judged * judge + self.saved) if each else 0.0

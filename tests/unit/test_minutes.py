@@ -46,6 +46,8 @@ def test_the_seconds_of_a_run() -> None:
     part = dataclasses.replace(FITTED, passes=(1,), judging=(0.0005,), sets=2)
     fit, epochs = 1000 * (0.0005 + 0.001) + 500 * 0.0005, 3 * (10 + 500 * 0.0005)
     assert part.seconds([3], 1000) == pytest.approx(10 + (2 + 250 * 0.002) + fit + epochs + 0.5 + 5)
+    views = dataclasses.replace(part, passes=(2,))
+    assert views.seconds([3], 1000) - part.seconds([3], 1000) == pytest.approx(2 + 1000 * (0.002 - 0.0005))
 
 
 @pytest.mark.parametrize(
