@@ -44,7 +44,7 @@ def check(command: Command) -> None:
         try_stage,
         uniform_loss,
     )
-    from tuning.preparing import data_and_model, objective, plan_stages
+    from tuning.preparing import objective, prepare
     from tuning.safety.unreadable import UnreadablePictures
     from tuning.tracking import run_folder
     from tuning.tracking.console import Speaker, shown_path
@@ -54,8 +54,8 @@ def check(command: Command) -> None:
     # 1. Session, data, model and plan: what the run would refuse is refused here. Every line runs on every process.
     accelerator = session.start(run.precision, run.threads, run.timeout)
     speaker = Speaker(accelerator.is_main_process)
-    data, model, info = data_and_model(accelerator, flags, command.stages)
-    plan = plan_stages(accelerator, command, data, model, info)
+    command, data, model, info, plan = prepare(accelerator, command)
+    flags = command.flags
     data = with_cache(accelerator, flags, data, plan, info, dry=True)
     folder = run_folder.choose(run.output, "never", "check", data.name, session.same_everywhere(started))
     if accelerator.is_main_process:

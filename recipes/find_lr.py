@@ -32,7 +32,7 @@ def find_lr(command: Command) -> None:
     from tuning.lr_search.report import draw, facts, race_table, table
     from tuning.lr_search.trials import Trials, judge_trial
     from tuning.models.head_fit import fit_head
-    from tuning.preparing import data_and_model, objective, plan_stages
+    from tuning.preparing import objective, prepare
     from tuning.progress import Progress
     from tuning.safety import resuming
     from tuning.safety.numerical_faults import NumericalFaults
@@ -50,8 +50,8 @@ def find_lr(command: Command) -> None:
     # 1. Session, data, model, and the plan of the run that the learning rate is for.
     accelerator = session.start(run.precision, run.threads, run.timeout, shards=True)
     speaker = Speaker(accelerator.is_main_process)
-    data, model, info = data_and_model(accelerator, flags, command.stages)
-    plan = plan_stages(accelerator, command, data, model, info)
+    command, data, model, info, plan = prepare(accelerator, command)
+    flags = command.flags
     data = with_cache(accelerator, flags, data, plan, info, dry=run.dry_run)
     number = chosen_stage(plan, finder.stage)
     planned = plan[number]

@@ -46,7 +46,7 @@ def finetune(command: Command) -> None:
     from tuning.models.model_card import card_of_run
     from tuning.patience import count, curves_of, next_stage
     from tuning.plan import StagePlan, last_step
-    from tuning.preparing import data_and_model, objective, plan_stages
+    from tuning.preparing import objective, prepare
     from tuning.rollback import rolled_back
     from tuning.safety import checkpoint, interrupts, resuming
     from tuning.safety.agreement import refuse_drift
@@ -78,13 +78,11 @@ def finetune(command: Command) -> None:
     accelerator = session.start(run.precision, run.threads, run.timeout, shards=True)
     speaker = Speaker(accelerator.is_main_process)
 
-    # 2. Data and model.
-    data, model, info = data_and_model(accelerator, flags, command.stages)
-
-    # 3. The plan, before anything is spent.
-    plan = plan_stages(accelerator, command, data, model, info)
-    command, data, model, info, plan = within_minutes(accelerator, command, data, model, info, plan)
+    # 2. Data, model and plan, with what follows from the data, and from --max-minutes.
+    command, data, model, info, plan = within_minutes(accelerator, prepare(accelerator, command))
     flags = command.flags
+
+    # 3. What will happen, before anything is spent.
     data = with_cache(accelerator, flags, data, plan, info, dry=run.dry_run)
     check_tracker(run.tracker)
     start = resuming.locate(run, command.config, info.name, data.name, started)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
-from torch import nn
 
 from tuning import sharding
 from tuning.cli.command_line import Command
@@ -27,10 +26,10 @@ from tuning.minutes import (
     size_that_fits,
     smaller_sizes,
 )
-from tuning.models.build import ModelInfo, check_image_size
+from tuning.models.build import check_image_size
 from tuning.plan import StagePlan
-from tuning.preparing import data_and_model, plan_stages
-from tuning.run_costs import Setup, run_costs, with_stages
+from tuning.preparing import Setup, data_and_model, plan_stages
+from tuning.run_costs import run_costs, with_stages
 from tuning.safety import resuming
 
 MARGIN = 0.05  # of the minutes, for what the timing did not see
@@ -43,22 +42,18 @@ UPPER = f" Only the upper {PART:.0%} of the depth is trained"
 DON_T_FIT = "epochs of all layers don't fit."
 
 
-def within_minutes(
-    accelerator: Accelerator, command: Command, data: Data, model: nn.Module, info: ModelInfo, plan: Sequence[StagePlan]
-) -> Setup:
+def within_minutes(accelerator: Accelerator, setup: Setup) -> Setup:
     """The run with stages as long as ``--max-minutes`` allows; as it is without. All processes take part.
 
     The minutes count from the start of the process. A run that goes on keeps what it began with. What was chosen stands
     in ``config.yaml`` as if it had been typed, so `--config` repeats the run without timing anything.
 
-    Args:
-        model: trained for some steps and put back, bit for bit; built anew for another image size.
-        plan: of the stages as described.
+    The model is trained for some steps and put back, bit for bit, or built anew for another image size.
 
     Raises:
         UserError: not even an optimizer step of every stage fits; or the model is to be split (FSDP2).
     """
-    setup = Setup(command, data, model, info, tuple(plan))
+    command, data, model, info, _ = setup
     if command.flags.run.max_minutes is None:
         return setup
     config, note = resuming.earlier_config(command.flags.run), "--max-minutes: the run keeps the epochs it began with."
@@ -69,7 +64,7 @@ def within_minutes(
     asked, command = command.flags, with_lengths(command, lengths)
     if (command.flags.model, command.flags.data) != (asked.model, asked.data):
         data, model, info = data_and_model(accelerator, command.flags, command.stages)
-    data = replace(data, notes=(*data.notes, note))
+    data = replace(data, notes=(*setup.data.notes, note))
     return Setup(command, data, model, info, plan_stages(accelerator, command, data, model, info))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tuning import sharding
 from tuning.cli.command_line import Command
+from tuning.cli.derived import with_fitting_batch
 from tuning.clipping import Clip, clipping
 from tuning.data.grey import are_grey
 from tuning.data.sources import Data, open_data
@@ -30,6 +31,28 @@ from tuning.precision import cast_weights, level_of
 from tuning.recomputing import check_recomputing, recompute_blocks
 from tuning.sizes import largest_auto_micro_batch
 from tuning.stages import Stage
+
+
+class Setup(NamedTuple):
+    """What a run does, and with what."""
+
+    command: Command
+    data: Data
+    model: nn.Module
+    info: ModelInfo
+    stages: tuple[StagePlan, ...]
+
+
+def prepare(accelerator: Accelerator, command: Command) -> Setup:
+    """Data, model and plan of what was asked for, with what follows from the data. All processes take part.
+
+    Raises:
+        UserError: from `data_and_model` and `plan_stages`.
+    """
+    data, model, info = data_and_model(accelerator, command.flags, command.stages)
+    command, note = with_fitting_batch(command, len(data.train), accelerator.num_processes)
+    data = replace(data, notes=(*data.notes, note)) if note else data
+    return Setup(command, data, model, info, plan_stages(accelerator, command, data, model, info))
 
 
 def data_and_model(

@@ -7,7 +7,6 @@ import io
 import time
 from dataclasses import replace
 from itertools import islice
-from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -16,8 +15,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from tuning import session
-from tuning.cli.command_line import Command
-from tuning.data.sources import Data
 from tuning.data.tables import spread, take
 from tuning.engine import train_steps
 from tuning.entering import enter_stage, leave_stage
@@ -25,27 +22,16 @@ from tuning.feeds import EVAL_BATCH, stage_feeds
 from tuning.judging.evaluation import evaluate
 from tuning.lr_search.no_trace import leaving_no_trace
 from tuning.minutes import Costs
-from tuning.models.build import ModelInfo
 from tuning.models.head_fit import fit_seconds
 from tuning.plan import StagePlan
 from tuning.preflight.timing import judging_seconds
-from tuning.preparing import objective
+from tuning.preparing import Setup, objective
 from tuning.progress import Progress
 from tuning.safety.unreadable import UnreadablePictures
 
 STEPS = 5  # timed of every stage; the first warms up
 COPIES = 5  # weights, two moments of Adam, an average, and the best so far in model/
 CLOSING = 4.0  # seconds for the last checkpoint, pictures and report, on a CPU core of today
-
-
-class Setup(NamedTuple):
-    """What a run does, and with what."""
-
-    command: Command
-    data: Data
-    model: nn.Module
-    info: ModelInfo
-    stages: tuple[StagePlan, ...]
 
 
 def run_costs(accelerator: Accelerator, setup: Setup) -> Costs:

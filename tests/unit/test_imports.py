@@ -25,7 +25,7 @@ LAYER_0 = listed(
     {
         "": "errors minutes stages progress schedules sizes lr_curve patience stage_checks stage_lists",
         "analysis": "mistakes",
-        "cli": "command_line lengths flag_parser plain_command coerce checks effects optimizer_defaults "
+        "cli": "command_line derived lengths flag_parser plain_command coerce checks effects optimizer_defaults "
         "run_defaults outputs launcher ending",
         "comparison": "paired runs",
         "data": "sampling local_order class_sampling splits picture_store",

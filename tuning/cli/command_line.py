@@ -201,6 +201,19 @@ def with_values(flags: Flags, values: Mapping[str, Any], where: str) -> Flags:
     return Flags(**{group: dataclasses.replace(content, **changes[group]) for group, content in groups.items()})
 
 
+def with_flags(command: Command, values: Mapping[str, Any], listed: list[Any] | None, where: str) -> Command:
+    """*command* as if the flags in *values* had been typed, with *listed* as its list of stages.
+
+    Args:
+        where: what the values are from, for messages.
+    """
+    flags = with_values(command.asked, values, where)
+    stages = resolve_stages(flags, listed, command.where)
+    return dataclasses.replace(
+        command, flags=resolved(flags), stages=stages, config=dump(flags, listed), asked=flags, listed=listed
+    )
+
+
 def dump(flags: Flags, listed: list[Any] | None = None) -> str:
     """The flags as flat YAML, with the list of stages when there is one, and with what follows from the optimizer."""
     import yaml

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tuning.cli.checks import flat
-from tuning.cli.command_line import MINUTES_PRESET, Command, dump, resolve_stages, with_values
-from tuning.cli.optimizer_defaults import resolved
+from tuning.cli.command_line import MINUTES_PRESET, Command, with_flags
 
 CHOSEN = ("freeze_epochs", "epochs", "limit_train", "image_size", "augment", "flip")
 AUGMENTATION = ("augment", "flip")
@@ -70,12 +68,9 @@ def lengths_in(config: Mapping[str, Any], command: Command) -> Lengths:
 
 def with_lengths(command: Command, lengths: Lengths) -> Command:
     """*command* as if it had been typed with these *lengths*."""
-    flags, listed = with_values(command.asked, lengths.flags, "--max-minutes"), command.listed
+    listed = command.listed
     if lengths.part:
         listed = [{**lengths.part, "epochs": lengths.flags["epochs"]}]
     elif listed is not None:
         listed = [{**stage, "epochs": epochs} for stage, epochs in zip(listed, lengths.listed, strict=True)]
-    stages = resolve_stages(flags, listed, command.where)
-    return dataclasses.replace(
-        command, flags=resolved(flags), stages=stages, config=dump(flags, listed), asked=flags, listed=listed
-    )
+    return with_flags(command, lengths.flags, listed, "--max-minutes")
