@@ -56,7 +56,7 @@ STUDIES = {  # module -> flags beside or instead of those shown, which take minu
     ),
     "tests.benchmarks.short_budget": (
         *("--out", "study", "--data", "patterns", "--minutes", "1.5"),
-        *("--tools", "ours", "probe"),
+        *("--seeds", "0", "--tools", "ours", "probe"),
     ),
     "tests.faults.campaign": ("--runs", "1", "--seed", "1"),
 }
