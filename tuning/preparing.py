@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tuning import sharding
 from tuning.cli.command_line import Command
-from tuning.cli.derived import with_fitting_batch
+from tuning.cli.derived import derived
 from tuning.clipping import Clip, clipping
 from tuning.data.grey import are_grey
 from tuning.data.sources import Data, open_data
@@ -25,7 +25,8 @@ from tuning.image_sizes import run_sizes
 from tuning.losses import Loss, balanced_weights, chosen
 from tuning.lr_search.auto import before_search
 from tuning.models.build import ModelInfo, build
-from tuning.models.head_fit import linear_classifier
+from tuning.models.head_fit import can_be_fitted, linear_classifier
+from tuning.models.names import folder_of
 from tuning.plan import StagePlan, check_sizes, make_plan
 from tuning.precision import cast_weights, level_of
 from tuning.recomputing import check_recomputing, recompute_blocks
@@ -44,14 +45,16 @@ class Setup(NamedTuple):
 
 
 def prepare(accelerator: Accelerator, command: Command) -> Setup:
-    """Data, model and plan of what was asked for, with what follows from the data. All processes take part.
+    """Data, model and plan of what was asked for, with what follows from the first two. All processes take part.
 
     Raises:
         UserError: from `data_and_model` and `plan_stages`.
     """
     data, model, info = data_and_model(accelerator, command.flags, command.stages)
-    command, note = with_fitting_batch(command, len(data.train), accelerator.num_processes)
-    data = replace(data, notes=(*data.notes, note)) if note else data
+    new_head = command.flags.model.weights == "pretrained" and folder_of(info.name) is None
+    fits = new_head and not sharding.asked() and can_be_fitted(model)
+    command, reasons = derived(command, len(data.train), accelerator.num_processes, fits)
+    data = replace(data, notes=(*data.notes, *reasons))
     return Setup(command, data, model, info, plan_stages(accelerator, command, data, model, info))
 
 

@@ -58,6 +58,16 @@ STUDIES = {  # module -> flags beside or instead of those shown, which take minu
         *("--out", "study", "--data", "patterns", "--minutes", "1.5"),
         *("--seeds", "0", "--tools", "ours", "probe"),
     ),
+    "tests.benchmarks.default_study": (
+        "--out",
+        "study",
+        "--data",
+        "patterns",
+        "--images",
+        "48",
+        "--ways",
+        "head first, 16",
+    ),
     "tests.faults.campaign": ("--runs", "1", "--seed", "1"),
 }
 ALL_BENCHMARKS = "tests.benchmarks"  # one after the other; one is run

@@ -87,6 +87,20 @@ def accuracy(model: torch.nn.Module, folder: Path) -> float:
     return sum(hits) / len(hits)
 
 
+def test_a_pretrained_model_begins_with_it_where_no_flag_says_how(
+    coloured: Path, finished: Path, finetune: Run, tmp_path: Path
+) -> None:
+    flags = ("--data", str(coloured), "--image-size", "32", "--workers", "0", "--tracker", "none", "--epochs", "1")
+    done = finetune(*flags, "--model", "tf_efficientnet_lite0", "--output", "run")
+    assert done.returncode == 0, done.stderr
+    assert "note: --head-init fitted --freeze-epochs 0: the head begins as" in " ".join(done.stdout.split())
+    assert [r["step"] for r in records(tmp_path / "run") if "eval/loss" in r] == [0, 9]  # 36 images, 4 a step
+    own = ("--model", f"local-dir:{finished / 'model'}", "--output", "own", "--dry-run")
+    done = finetune(*flags, *own)  # has a head for these classes already
+    assert done.returncode == 0, done.stderr
+    assert "--head-init fitted" not in done.stdout
+
+
 @pytest.mark.parametrize(
     "stop", [pytest.param("2", marks=pytest.mark.slow), "5", pytest.param("7", marks=pytest.mark.slow)]
 )

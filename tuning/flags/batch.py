@@ -7,8 +7,8 @@ from typing import Literal, Optional
 @dataclass(frozen=True)
 class BatchFlags:
     batch_size: int = 64
-    """Images per optimizer step over all processes: the number the learning rate belongs to. Where no flag says it and
-    the training images are fewer, it is chosen to leave four steps an epoch."""
+    """Images per optimizer step over all processes: the number the learning rate belongs to. Where no flag says it,
+    fewer than 640 training images get a smaller one (docs/defaults.md)."""
     micro_batch: int | Literal["auto"] = "auto"
     """Images per forward pass per process. auto = the largest divisor of a process's share of --batch-size, up to 64 on
     a CPU and 1024 on a GPU. Where memory runs out it is halved, a number given here too, and the run goes on: the batch

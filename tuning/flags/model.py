@@ -15,7 +15,8 @@ class ModelFlags:
     """pretrained, none, or the path of a weight file (.safetensors, .pth)."""
     head_init: Literal["default", "kaiming", "xavier", "orthogonal", "zero", "fitted"] = "default"
     """How the weights of the new head start. default = timm's own; fitted = logistic regression on features computed
-    once, its L2 penalty chosen by cross-validation."""
+    once, its L2 penalty chosen by cross-validation. Where nothing says how the head begins, new heads of pretrained
+    models are fitted, without epochs of their own (docs/defaults.md)."""
     init: InitName = "default"
     """The same for the whole network, without fitted, and zero is refused: it can't learn. With --weights none only."""
     drop_rate: Optional[float] = None

@@ -9,7 +9,8 @@ from tuning.flags.names import ForwardName
 @dataclass(frozen=True)
 class StageFlags:
     freeze_epochs: int = 3
-    """Epochs in which only the head is open, before --epochs. 0 = none."""
+    """Epochs in which only the head is open, before --epochs. 0 = none. Where no flag says so, a head that begins
+    fitted has none (--head-init)."""
     freeze_lr: Optional[float] = None
     """Peak learning rate of the head while all else is closed. Default: 1e-3; SGD 0.1, Lion 1e-4, LAMB 3e-3, LARS 3."""
     cache_features: bool = False

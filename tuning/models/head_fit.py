@@ -153,3 +153,12 @@ def linear_classifier(model: nn.Module) -> nn.Linear:
             "--head-init fitted out, or give --head-init default."
         )
     return classifier
+
+
+def can_be_fitted(model: nn.Module) -> bool:
+    """Whether `linear_classifier` has an answer."""
+    try:
+        linear_classifier(model)
+    except UserError:
+        return False
+    return True
