@@ -50,7 +50,7 @@ def find_lr(command: Command) -> None:
     # 1. Session, data, model, and the plan of the run that the learning rate is for.
     accelerator = session.start(run.precision, run.threads, run.timeout, shards=True)
     speaker = Speaker(accelerator.is_main_process)
-    command, data, model, info, plan = prepare(accelerator, command)
+    command, data, model, info, plan = prepare(accelerator, command, fits_head=False)  # a search would see little
     flags = command.flags
     data = with_cache(accelerator, flags, data, plan, info, dry=run.dry_run)
     number = chosen_stage(plan, finder.stage)

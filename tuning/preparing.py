@@ -44,15 +44,18 @@ class Setup(NamedTuple):
     stages: tuple[StagePlan, ...]
 
 
-def prepare(accelerator: Accelerator, command: Command) -> Setup:
+def prepare(accelerator: Accelerator, command: Command, fits_head: bool = True) -> Setup:
     """Data, model and plan of what was asked for, with what follows from the first two. All processes take part.
+
+    Args:
+        fits_head: a new head may begin fitted though no flag says so.
 
     Raises:
         UserError: from `data_and_model` and `plan_stages`.
     """
     data, model, info = data_and_model(accelerator, command.flags, command.stages)
     new_head = command.flags.model.weights == "pretrained" and folder_of(info.name) is None
-    fits = new_head and not sharding.asked() and can_be_fitted(model)
+    fits = fits_head and new_head and not sharding.asked() and can_be_fitted(model)
     command, reasons = derived(command, len(data.train), accelerator.num_processes, fits)
     data = replace(data, notes=(*data.notes, *reasons))
     return Setup(command, data, model, info, plan_stages(accelerator, command, data, model, info))

@@ -108,3 +108,12 @@ def test_what_can_t_work_is_refused(coloured: Path, tmp_path: Path, typed: tuple
     assert code == 2
     assert message in " ".join(said.split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log0"]
+
+
+def test_a_search_for_a_pretrained_model_does_not_begin_with_a_fitted_head(coloured: Path, tmp_path: Path) -> None:
+    """A run without these flags does; from such a head a search sees little."""
+    flags = ("--model", "tf_efficientnet_lite0", "--image-size", "32", "--batch-size", "24", "--workers", "0")
+    code, said = find(tmp_path, "--data", str(coloured), *flags, "--dry-run", "--output", "run")
+    assert code == 0, said
+    assert "Sweeping stage 2 (all)" in said
+    assert "fitted" not in said
