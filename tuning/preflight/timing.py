@@ -12,7 +12,7 @@ from torch import nn
 
 from tuning.data.sources import Data
 from tuning.data.tables import take
-from tuning.feeds import JUDGED, plain_feed
+from tuning.feeds import EVAL_BATCH, JUDGED, plain_feed
 from tuning.judging.evaluation import evaluate
 from tuning.lr_search.race import USUAL
 from tuning.lr_search.trials import Search
@@ -41,8 +41,10 @@ def judging_seconds(
         evaluate(accelerator, model, feed, images, len(data.classes))
         return same_everywhere(time.perf_counter() - started), images
 
-    warming, _ = timed(WARMING)
-    seconds, images = timed(TIMED if warming < SLOW else WARMING)
+    quick = timed(WARMING)[0] < SLOW
+    if quick:
+        timed(EVAL_BATCH)  # the first batch of a size takes several times as long as the next
+    seconds, images = timed(TIMED if quick else WARMING)
     return seconds / images
 
 
