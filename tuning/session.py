@@ -28,6 +28,9 @@ from tuning.safety.heartbeat import start_heartbeat
 
 # Accelerate has no word yet for what torch 2.15 calls it; every process would say so at every stage.
 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+# In a depthwise layer both strides are the same memory.
+DEPTHWISE = r"Grad strides do not match bucket view strides[\s\S]*grad\.sizes\(\) = \[\d+, 1, "
+warnings.filterwarnings("ignore", message=DEPTHWISE, category=UserWarning)
 
 T = TypeVar("T")
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
