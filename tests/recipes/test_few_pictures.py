@@ -15,7 +15,7 @@ HOW = (
     *("--model", "test_efficientnet", "--weights", "none", "--image-size", "32", "--workers", "0"),
     *("--tracker", "none", "--freeze-epochs", "1", "--epochs", "1", "--output", "run"),
 )
-NOTE = "note: --batch-size 4: 6 optimizer steps an epoch of 24 training images."
+NOTE = "note: --batch-size 8: 3 optimizer steps an epoch of 24 training images."
 
 
 def train(*flags: str) -> int:
@@ -37,7 +37,7 @@ def test_it_trains_says_why_and_goes_on_with_the_same(few: Path) -> None:
     stopped = run_forked(few, "--data", "photos", *HOW, "--save-every", "1", "--stop-after", "0.0001")
     assert stopped.returncode == 75, stopped.stderr
     assert NOTE in " ".join(stopped.stdout.split())
-    assert batch_of(few) == 4
+    assert batch_of(few) == 8
     done = run_forked(few, "--data", "photos", *HOW, "--resume", "auto")
     assert done.returncode == 0, done.stderr
     summary = json.loads((few / "run" / "summary.json").read_text())
@@ -49,7 +49,7 @@ def test_it_trains_says_why_and_goes_on_with_the_same(few: Path) -> None:
 
 def test_two_processes_share_it(few: Path) -> None:
     assert run_ranks(2, train) == [0, 0]
-    assert batch_of(few) == 4
+    assert batch_of(few) == 8
     assert json.loads((few / "run" / "summary.json").read_text())["world_size"] == 2
 
 

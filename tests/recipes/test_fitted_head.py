@@ -94,7 +94,7 @@ def test_a_pretrained_model_begins_with_it_where_no_flag_says_how(
     done = finetune(*flags, "--model", "tf_efficientnet_lite0", "--output", "run")
     assert done.returncode == 0, done.stderr
     assert "note: --head-init fitted --freeze-epochs 0: the head begins as" in " ".join(done.stdout.split())
-    assert [r["step"] for r in records(tmp_path / "run") if "eval/loss" in r] == [0, 9]  # 36 images, 4 a step
+    assert [r["step"] for r in records(tmp_path / "run") if "eval/loss" in r] == [0, 5]  # 36 images, 8 a step
     own = ("--model", f"local-dir:{finished / 'model'}", "--output", "own", "--dry-run")
     done = finetune(*flags, *own)  # has a head for these classes already
     assert done.returncode == 0, done.stderr

@@ -63,9 +63,9 @@ def test_a_batch_that_was_typed_stays_and_is_refused_where_it_is_too_large() -> 
 def test_the_batch_of_a_preset_gives_way_only_where_it_does_not_fit() -> None:
     assert derived(parse("--preset", "tiny-data"), 20, 1, fits=True)[1] == ()
     command, _ = derived(parse("--preset", "tiny-data"), 9, 1, fits=True)
-    assert command.flags.batch.batch_size == 4
+    assert command.flags.batch.batch_size == 8
     command, _ = derived(parse("--preset", "lp-ft"), 40, 1, fits=True)
-    assert {stage.batch_size for stage in command.stages} == {4}
+    assert {stage.batch_size for stage in command.stages} == {8}
 
 
 def test_a_pretrained_head_begins_fitted_without_epochs_of_its_own() -> None:

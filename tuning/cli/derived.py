@@ -8,7 +8,7 @@ from typing import Any
 from tuning.cli.command_line import Command, with_flags
 
 FEWEST_STEPS = 10  # optimizer steps an epoch of few images
-SMALLEST = 4  # images in one
+SMALLEST = 8  # images in one
 MOST_TO_FIT = 50_000  # images; the fit grows with them, and head-only epochs see enough
 ABOUT_THE_HEAD = {"head_init", "freeze_epochs", "freeze_lr", "cache_features", "feature_views", "frozen_forward"}
 
