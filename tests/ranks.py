@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from tests.ports import free_port
 from tests.recipe_runs import forget_parent
 
 TIMEOUT_SECONDS = 240
@@ -26,7 +26,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list
 
     Every rank checks that the group has the size asked for.
     """
-    port, context = _free_port(), mp.get_context("fork")
+    port, context = free_port(), mp.get_context("fork")
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
         context.Process(target=_rank, args=(rank, world_size, port, sender, function, args))
@@ -80,9 +80,3 @@ def _rank(
         if world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         os._exit(0)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from tests.faults.sabotage import import_everything
+from tests.ports import free_port
 from tests.recipe_runs import ROOT, finetune_here, forget_parent
 
 LIMIT_SECONDS = 240  # of a whole attempt
@@ -128,7 +129,7 @@ def attempt(
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # loader workers of a killed rank become ours, and are ended
     before = set(psutil.Process().children())
     context: Any = multiprocessing.get_context("fork")
-    port = _free_port()
+    port = free_port()
     logs = [folder / f".rank-{rank}" for rank in range(processes)]
     children = []
     for rank, log in enumerate(logs):
@@ -157,14 +158,6 @@ def _rank_variables(rank: int, processes: int, port: int) -> dict[str, str]:
     sizes = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return {**alone, **sizes, **place}
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _child(
