@@ -29,7 +29,7 @@ from tuning.preparing import Setup, objective
 from tuning.progress import Progress
 from tuning.safety.unreadable import UnreadablePictures
 
-STEPS = 5  # timed of every stage; the first warms up
+STEPS = 5  # of every stage, twice over on features; the first half warms up
 COPIES = 5  # weights, two moments of Adam, an average, and the best so far in model/
 CLOSING = 4.0  # seconds for the last checkpoint, pictures and report, on a CPU core of today
 
@@ -92,7 +92,7 @@ def _stage_seconds(accelerator: Accelerator, one: StagePlan, setup: Setup, looke
 
 
 def _timed_steps(accelerator: Accelerator, one: StagePlan, setup: Setup) -> tuple[float, float]:
-    """Seconds of a step by image, the median of a few; and, on cached features, of an evaluation by image."""
+    """Seconds of a step by image, the median of a few warm ones; and, on cached features, of an evaluation by image."""
     flags, data, model = setup.command.flags, setup.data, setup.model
     loss, clip, _ = objective(accelerator, flags, data)
     entered = enter_stage(accelerator, model, one)
@@ -102,10 +102,11 @@ def _timed_steps(accelerator: Accelerator, one: StagePlan, setup: Setup) -> tupl
     feeds = stage_feeds(accelerator, entered, one, data, setup.info, unreadable, seed, flip, workers)
     times, images = [time.perf_counter()], list[int]()
     with leaving_no_trace(accelerator, entered):
-        for step in islice(train_steps(accelerator, entered, feeds.train, loss, clip, Progress(), seed), STEPS):
-            float(step.loss)  # waits for the device
-            times.append(time.perf_counter())
-            images.append(step.images)
+        for _ in range(1 + one.stage.cache_features):
+            for step in islice(train_steps(accelerator, entered, feeds.train, loss, clip, Progress(), seed), STEPS):
+                float(step.loss)  # waits for the device
+                times.append(time.perf_counter())
+                images.append(step.images)
     judging = 0.0
     if one.stage.cache_features:
         started = time.perf_counter()
@@ -113,4 +114,4 @@ def _timed_steps(accelerator: Accelerator, one: StagePlan, setup: Setup) -> tupl
         judging = (time.perf_counter() - started) / len(data.eval)
     leave_stage(accelerator, entered)
     seconds = np.diff(times) / images
-    return float(np.median(seconds[1:] if len(seconds) > 1 else seconds)), judging
+    return float(np.median(seconds[len(seconds) // 2 :])), judging
