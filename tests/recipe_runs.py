@@ -14,8 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 240
+
+# The first backward of a process decides whether autograd has threads, which no fork survives. Without a GPU it has
+# none, unless a fake tensor mode (an export) came first and left a device guard of a GPU: so here, before any test.
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 @dataclass
