@@ -179,6 +179,8 @@ class Stage:
         if self.may_end_early:
             every = counted(self.patience or 0, "evaluation")
             yield f"stage {self.name!r} ends early after {every} in a row without a better one"
+        if self.schedule == "sgdr" and self.cycle_epochs is None:
+            yield f"stage {self.name!r} is one SGDR cycle without a restart; --cycle-epochs makes it shorter"
         if cut := self.cut_cycle(steps_per_epoch):
             yield cut
 

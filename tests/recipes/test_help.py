@@ -45,6 +45,12 @@ def test_help_names_every_flag(recipe: str) -> None:
     assert missing == []
 
 
+def test_help_has_the_defaults_of_ones_own_data() -> None:
+    """Not those that the demo brings, which run where --data is left out."""
+    assert run("--help").stdout == run("--data", "photos", "--help").stdout
+    assert run("--data", "demo", "--help").stdout != run("--help").stdout
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("argv", [("--help",), ("--modle", "x"), ("--lr", "-1"), ("--print-config",)])
 def test_answers_before_anything_heavy_is_imported(recipe: str, argv: tuple[str, ...]) -> None:

@@ -340,6 +340,46 @@ def test_a_flag_that_needs_another_is_refused_without_it(key: str) -> None:
         parse("--data", "photos", other, without, flag, str(ALL_FLAGS[key]))
 
 
+@pytest.mark.parametrize(
+    ("argv", "words", "mended"),
+    [
+        (
+            "--lr 1e-2 --epochs 0 --freeze-lr 1e-3",
+            "--lr 0.01 has no effect with --epochs 0: the rate of the head alone",
+            "--freeze-lr 1e-2 --epochs 0",
+        ),
+        ("--lr auto --epochs 0", "--lr auto has no effect with --epochs 0", "--lr auto"),
+        (
+            "--freeze-lr 0.1 --freeze-epochs 0",
+            "--freeze-lr 0.1 has no effect with --freeze-epochs 0",
+            "--freeze-lr 0.1",
+        ),
+        ("--momentum 0.5", "--momentum 0.5 has no effect with --optimizer adamw", "--optimizer sgd --momentum 0.5"),
+        ("--clip-norm 2 --clip-value 1", "--clip-norm 2.0 has no effect with --clip-value 1.0", "--clip-norm 2"),
+        ("--clip-norm 2 --clip-agc 0.1", "--clip-norm 2.0 has no effect with --clip-agc 0.1", "--clip-agc 0.1"),
+    ],
+)
+def test_a_flag_that_reaches_no_step_is_refused(argv: str, words: str, mended: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse("--data", "photos", *argv.split())
+    assert str(caught.value).startswith(words)
+    parse("--data", "photos", *mended.split())
+
+
+def test_the_head_alone_takes_the_one_rate_that_is_given(preset: Path) -> None:
+    (stage,) = parse("--data", "photos", "--epochs", "0", "--lr", "1e-2").stages
+    assert (stage.open, stage.lr) == ("head", 1e-2)
+    assert parse("--data", "photos", "--lr", "1e-2").stages[0].lr == 1e-3
+    preset.write_text("epochs: 0\nfreeze_lr: 1e-4\n")
+    with pytest.raises(UserError, match=r"--lr 0\.01 has no effect with --epochs 0"):
+        parse("--preset", str(preset), "--lr", "1e-2")
+
+
+def test_what_another_optimizer_of_a_list_takes_is_no_flag_for_nothing(preset: Path) -> None:
+    preset.write_text("stages: [{open: head, epochs: 1}, {open: all, epochs: 1, optimizer: sgd}]\n")
+    assert parse("--preset", str(preset), "--momentum", "0.5").stages[1].momentum == 0.5
+
+
 @pytest.mark.parametrize("key", ["cycle_mult", "lr_batch"])
 def test_the_same_under_listed_stages(preset: Path, key: str) -> None:
     """What the stages themselves choose counts."""

@@ -68,8 +68,9 @@ def test_the_batch_of_a_preset_gives_way_only_where_it_does_not_fit() -> None:
     assert {stage.batch_size for stage in command.stages} == {8}
 
 
-def test_a_pretrained_head_begins_fitted_without_epochs_of_its_own() -> None:
-    command, (reason,) = derived(parse(), 1000, 1, fits=True)
+@pytest.mark.parametrize("typed", [(), ("--head-init", "fitted")], ids=" ".join)
+def test_a_pretrained_head_begins_fitted_without_epochs_of_its_own(typed: tuple[str, ...]) -> None:
+    command, (reason,) = derived(parse(*typed), 1000, 1, fits=True)
     assert [(stage.open, stage.epochs) for stage in command.stages] == [("all", 10)]
     assert command.flags.model.head_init == "fitted"
     config = yaml.safe_load(command.config)

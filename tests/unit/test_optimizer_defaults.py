@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 import yaml
-from timm.optim._optim_factory import list_optimizers
+from timm.optim._optim_factory import get_optimizer_class, list_optimizers
 
 from tuning.cli.command_line import Command, parse_command
-from tuning.cli.optimizer_defaults import OWN, UNDECAYED, defaults_of
+from tuning.cli.optimizer_defaults import OWN, UNDECAYED, defaults_of, takes_momentum
 from tuning.errors import UserError
 from tuning.optimizers import check_optimizer
 
@@ -136,6 +137,15 @@ def test_names_in_the_tables_are_timms() -> None:
     names = [str(name) for name in list_optimizers()]
     assert set(UNDECAYED) <= set(names)
     assert all(any(word in name for name in names) for word in OWN)
+
+
+def test_a_momentum_reaches_those_that_take_one() -> None:
+    for name in map(str, list_optimizers()):
+        try:
+            kind = get_optimizer_class(name, bind_defaults=False)
+        except (AssertionError, ImportError):  # its package or a GPU is missing
+            continue
+        assert takes_momentum(name) == ("momentum" in inspect.signature(kind).parameters), name
 
 
 def test_the_page_names_every_optimizer_with_its_defaults() -> None:

@@ -97,7 +97,9 @@ def test_the_two_columns(parted: Path) -> None:
 @pytest.mark.parametrize("name", ["valid", "validation", "test", "Val"])
 def test_other_names_of_val(parted: Path, name: str) -> None:
     (parted / "val").rename(parted / name)
-    assert len(load(parted).eval) == 2
+    data = load(parted)
+    assert len(data.eval) == 2
+    assert noted(data, "chooses the best weights") == (name == "test")
 
 
 def test_val_goes_before_test_which_is_noted(parted: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tuning.data.splits import choose_splits, stratified_split, stratified_subset
+from tuning.data.splits import choose_splits, judged_by_test, stratified_split, stratified_subset
 from tuning.errors import UserError
 
 
@@ -41,6 +41,12 @@ def test_requested_splits_win_or_are_refused() -> None:
 
 
 LABELS = st.lists(st.integers(0, 6), min_size=1, max_size=80).map(lambda x: np.array(x, dtype=np.int64))
+
+
+def test_a_test_split_that_chooses_is_told_of_unless_it_was_asked_for() -> None:
+    (note,) = judged_by_test("Test", None)
+    assert "'Test' chooses the best weights" in note
+    assert judged_by_test("Test", "Test") == judged_by_test("val", None) == judged_by_test(None, None) == []
 
 
 @settings(max_examples=100, deadline=None)

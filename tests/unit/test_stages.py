@@ -94,6 +94,12 @@ def test_a_cut_cycle_is_announced(epochs: int, changes: dict[str, Any], expected
     assert said is None if expected is None else said is not None and expected in said
 
 
+def test_a_stage_without_a_restart_is_announced() -> None:
+    said = " ".join(staged(schedule="sgdr", cycle_epochs=None).notes(PER_EPOCH))
+    assert "is one SGDR cycle without a restart" in said
+    assert "restart" not in " ".join(staged(schedule="sgdr", cycle_epochs=1.0).notes(PER_EPOCH))
+
+
 @given(st.integers(1, 12), st.integers(1, 9), st.floats(0.01, 6), st.integers(1, 3))
 def test_the_announcement_agrees_with_the_learning_rate(epochs: int, per_epoch: int, cycle: float, mult: int) -> None:
     """Uncut: the step after the last would restart at the peak."""

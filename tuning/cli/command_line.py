@@ -175,6 +175,8 @@ def _read_file(argv: Sequence[str], presets: Path, recipe: str) -> tuple[dict[st
     if recipe in OPENING:
         values, where = data_of_run(Path(given.run), given.data) if given.run else ({}, "")
         return values, None, where
+    if given.data is None and not {"-h", "--help"}.isdisjoint(argv):
+        return {}, None, ""  # help is asked for one's own data
     if given.data in (None, "demo"):
         return _load_yaml(presets / f"{DEMO_PRESET}.yaml", "--preset")
     if given.max_minutes and given.weights != "none" and recipe == "recipes/finetune.py":

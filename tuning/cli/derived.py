@@ -10,7 +10,7 @@ from tuning.cli.command_line import Command, with_flags
 FEWEST_STEPS = 10  # optimizer steps an epoch of few images
 SMALLEST = 8  # images in one
 MOST_TO_FIT = 50_000  # images; the fit grows with them, and head-only epochs see enough
-ABOUT_THE_HEAD = {"head_init", "freeze_epochs", "freeze_lr", "cache_features", "feature_views", "frozen_forward"}
+ABOUT_ITS_STAGE = {"freeze_epochs", "freeze_lr", "cache_features", "feature_views", "frozen_forward"}
 
 
 def derived(command: Command, images: int, processes: int, fits: bool) -> tuple[Command, tuple[str, ...]]:
@@ -47,9 +47,10 @@ def fitting_batch(images: int, unit: int) -> int:
 
 
 def _begins_by_default(command: Command) -> bool:
-    """No file and no flag says how the head begins, and something is trained after it at a rate that is known.
+    """No file and no flag says that the head begins otherwise, and something is trained after it at a known rate.
 
     A search for the rate sees more from a head that is not converged (docs/lr-finder.md).
     """
-    by_default = not command.where and command.typed.isdisjoint(ABOUT_THE_HEAD)
+    fitted = "head_init" not in command.typed or command.flags.model.head_init == "fitted"
+    by_default = not command.where and fitted and command.typed.isdisjoint(ABOUT_ITS_STAGE)
     return by_default and command.flags.staging.epochs > 0 and command.flags.optimisation.lr != "auto"

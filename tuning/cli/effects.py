@@ -8,6 +8,7 @@ from typing import Any
 
 from tuning.cli.checks import flat
 from tuning.cli.coerce import as_key
+from tuning.cli.optimizer_defaults import takes_momentum
 from tuning.cli.run_defaults import OPENING
 from tuning.errors import UserError
 from tuning.flags import Flags
@@ -65,6 +66,8 @@ def refuse_without_effect(
     if recipe in OPENING:
         _check_opening(flags, typed, recipe)
     _refuse_listed(values, typed, listed, where)
+    if listed is None:
+        _refuse_rates(values, typed)
     _refuse_idle(flags, values, typed, stages)
 
 
@@ -105,12 +108,43 @@ def _refuse_idle(flags: Flags, values: Mapping[str, Any], typed: Sequence[str], 
                 f"--{flag} {values[key]} has no effect with --{other} {' and '.join(chosen)}. Drop it, or choose "
                 f"--{other} {' or '.join(allowed)}."
             )
+    _refuse_idle_steps(values, typed, stages)
     _refuse_idle_techniques(values, typed, stages)
     _refuse_idle_when_closed(values, typed, stages)
     if all(stage.cache_features for stage in stages):
         _refuse_pictures(values, erased=any(stage.erases for stage in stages))
     if "shuffle_gb" in typed and not flags.data.streaming:
         raise UserError(f"--shuffle-gb {values['shuffle_gb']:g} has no effect without --streaming. Drop it.")
+
+
+def _refuse_rates(values: Mapping[str, Any], typed: Sequence[str]) -> None:
+    """Learning rates of stages that there are none of; a run of the head alone takes --lr where that is all it has."""
+    if "freeze_lr" in typed and not values["freeze_epochs"]:
+        raise UserError(
+            f"--freeze-lr {values['freeze_lr']} has no effect with --freeze-epochs 0: no stage trains the head alone. "
+            "Give --lr, or raise --freeze-epochs."
+        )
+    if "lr" in typed and not values["epochs"] and (values["freeze_lr"] is not None or values["lr"] == "auto"):
+        raise UserError(
+            f"--lr {values['lr']} has no effect with --epochs 0: the rate of the head alone is --freeze-lr. Give that, "
+            "or raise --epochs."
+        )
+
+
+def _refuse_idle_steps(values: Mapping[str, Any], typed: Sequence[str], stages: Sequence[Stage]) -> None:
+    """Details of optimizer steps that no step has."""
+    optimizers = sorted({stage.optimizer for stage in stages})
+    if "momentum" in typed and not any(map(takes_momentum, optimizers)):
+        raise UserError(
+            f"--momentum {values['momentum']} has no effect with --optimizer {' and '.join(optimizers)}. Drop it, or "
+            "choose one with a momentum of this kind, for example --optimizer sgd."
+        )
+    for other in ("clip_value", "clip_agc"):
+        if values["clip_norm"] and "clip_norm" in typed and values[other] is not None:
+            flag = f"--{other.replace('_', '-')} {values[other]}"
+            raise UserError(
+                f"--clip-norm {values['clip_norm']} has no effect with {flag}, which takes its place. Give one."
+            )
 
 
 def _refuse_idle_techniques(values: Mapping[str, Any], typed: Sequence[str], stages: Sequence[Stage]) -> None:

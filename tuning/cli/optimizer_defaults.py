@@ -22,6 +22,8 @@ UNDECAYED = (
     *("adam", "adamax", "nadam", "nadamlegacy", "radam", "radamlegacy", "adagrad", "adadelta", "adopt", "cadopt"),
     *("madgrad", "kron", "bnbadam", "bnbadam8bit", "fusedadam"),
 )
+# Words in timm's names of optimizers that have a number called momentum; others ignore it.
+WITH_MOMENTUM = ("sgd", "momentum", "nesterov", "lars", "larc", "rmsprop", "muon", "kron", "madgrad", "adafactorbv")
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ def resolved(flags: Flags) -> Flags:
     )
     staging = flags.staging
     if staging.freeze_lr is None:
-        staging = dataclasses.replace(staging, freeze_lr=found.head_lr)
+        # Where the head alone is trained, the one rate that is given is its own.
+        given = now.lr if isinstance(now.lr, float) and not staging.epochs else None
+        staging = dataclasses.replace(staging, freeze_lr=found.head_lr if given is None else given)
     return dataclasses.replace(flags, optimisation=optimisation, staging=staging)
 
 
@@ -102,6 +106,11 @@ def resolved_stages(listed: list[Any] | None, flags: Flags) -> list[Any] | None:
             more |= _warm_up(keys, flags)
         filled.append({**entry, **more})
     return filled
+
+
+def takes_momentum(optimizer: str) -> bool:
+    """Whether a flag ``--momentum`` reaches an optimizer of timm's factory."""
+    return any(word in optimizer.lower() for word in WITH_MOMENTUM)
 
 
 def same_kind(one: str, other: str) -> bool:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from tuning.data.listings import Listing, Listings, kind_of, scan
-from tuning.data.splits import SPLIT_NAMES, choose_splits
+from tuning.data.splits import SPLIT_NAMES, choose_splits, judged_by_test
 from tuning.data.tables import Opened, picture_dataset
 from tuning.errors import UserError, did_you_mean
 
@@ -120,6 +120,7 @@ def _open_parts(
     unused = [name for name in names if name not in (train_name, eval_name)]
     if unused:
         notes.append(f"{folder}: folders that are not used: {shorten(unused)}.")
+    notes += judged_by_test(eval_name if judge else None, eval_split)
     classes = tuple(train.files)
     held_back = _dataset(judge, classes) if judge else None
     return Opened(_dataset(train, classes), held_back, classes, tuple(notes), folder)

@@ -15,7 +15,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progr
 from tuning.data.columns import standardise
 from tuning.data.folders import Skipped, files_below, shorten
 from tuning.data.listings import extension
-from tuning.data.splits import SPLIT_NAMES, choose_splits
+from tuning.data.splits import SPLIT_NAMES, choose_splits, judged_by_test
 from tuning.data.tables import Opened
 from tuning.errors import UserError, did_you_mean
 
@@ -99,6 +99,7 @@ def choose_shards(
     wanted = {name: parts[name] for name in (train, judge) if name is not None}
     unused = [name for name in sorted(parts) if name not in wanted] + [os.path.basename(path) for path in stray]
     notes = [f"{folder}: splits or shards that are not used: {shorten(unused)}."] if unused else []
+    notes += judged_by_test(judge, eval_split)
     return wanted, train, judge, notes
 
 
@@ -146,8 +147,9 @@ def _open_parts(
     train, judge = choose_splits(list(parts), train_split, eval_split, where)
     opened = standardise(parts[train], parts[judge] if judge else None, image_column, label_column)
     unused = [name for name in parts if name not in (train, judge)]
-    notes = (f"{where}: splits that are not used: {shorten(unused)}.",) if unused else ()
-    return Opened(opened.train, opened.eval, opened.classes, notes)
+    notes = [f"{where}: splits that are not used: {shorten(unused)}."] if unused else []
+    notes += judged_by_test(judge, eval_split)
+    return Opened(opened.train, opened.eval, opened.classes, tuple(notes))
 
 
 @contextmanager

@@ -37,6 +37,16 @@ def choose_splits(
     return train, requested or _default_eval([name for name in names if name != train], where)
 
 
+def judged_by_test(judge: str | None, eval_split: str | None) -> list[str]:
+    """A note where the pictures that choose the best weights are called test, and nobody asked for that."""
+    if eval_split is not None or judge is None or judge.lower() not in TEST_NAMES:
+        return []
+    return [
+        f"There is no validation split, so {judge!r} chooses the best weights, and what is measured on it is a little "
+        f"too good. Keep other pictures for the last judgement, or say --eval-split {judge}."
+    ]
+
+
 def _requested(names: Sequence[str], wanted: str | None, flag: str, where: str) -> str | None:
     if wanted is None or wanted in names:
         return wanted

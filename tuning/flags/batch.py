@@ -26,4 +26,4 @@ class BatchFlags:
     """Keep decoded pictures, as small as all crops allow: ram = in memory, for the run; disk = in --cache-folder, also
     for later runs (docs/cache.md)."""
     cache_folder: Optional[str] = None
-    """Folder for --cache disk, on a local disk. Default: ~/.cache/fine-tuning."""
+    """Folder for --cache disk, on a local disk. Default: ~/.cache/fine-tuning/pictures."""

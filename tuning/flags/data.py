@@ -8,7 +8,8 @@ from typing import Optional
 class DataFlags:
     data: str = "demo"
     """A folder with train/ and val/ class folders; a folder of class folders; a Hugging Face dataset id; a folder of
-    parquet, arrow or webdataset shards; or the word demo (photos of solar cells from the package elpv-dataset)."""
+    parquet, arrow or webdataset shards; or the word demo (photos of solar cells from the package elpv-dataset),
+    which brings flags of its own: recipes/presets/demo.yaml."""
     image_column: Optional[str] = None
     """Column of the images in a dataset with columns (found by itself when there is one)."""
     label_column: Optional[str] = None

@@ -12,7 +12,8 @@ class StageFlags:
     """Epochs in which only the head is open, before --epochs. 0 = none. Where no flag says so, a head that begins
     fitted has none (--head-init)."""
     freeze_lr: Optional[float] = None
-    """Peak learning rate of the head while all else is closed. Default: 1e-3; SGD 0.1, Lion 1e-4, LAMB 3e-3, LARS 3."""
+    """Peak learning rate of the head while all else is closed. Default: --lr where that is given
+    and --epochs is 0; else 1e-3; SGD 0.1, Lion 1e-4, LAMB 3e-3, LARS 3."""
     cache_features: bool = False
     """Compute the input of the head once per image and fit the head on that: head-only epochs cost almost nothing,
     and augmentation is off in them. As a key of a stage: the input of its lowest open layer."""
