@@ -139,7 +139,8 @@ def finetune(command: Command) -> None:
                 reached = judged[whose][run.best_by]
                 if whose in best_of and better(reached, progress.best, run.best_by):
                     at_size, weights = replace(info, input_size=size), tensors_of(weighed, keep=main)
-                    if not main or keep_best(weighed, at_size, data.classes, folder.model, weights):
+                    kept = not main or keep_best(weighed, at_size, data.classes, folder.model, weights)
+                    if session.same_everywhere(kept):  # a full disk on rank 0 leaves the best of all ranks as it was
                         progress.best, progress.best_step = reached, progress.step
             ends_epoch, progress.due = progress.due, False
             epoch = progress.epoch + progress.stage_step % planned.steps_per_epoch / planned.steps_per_epoch
@@ -201,7 +202,9 @@ def finetune(command: Command) -> None:
                     entered = enter_stage(accelerator, model, planned, before=entered)
                 curves.begin_stage(planned.stage.name, progress)
 
-                for step in train_steps(accelerator, entered, feeds.train, loss, clip, progress, run.seed):
+                left = progress.step < ends_at  # else an evaluation alone was: the run ended within a stage
+                steps = train_steps(accelerator, entered, feeds.train, loss, clip, progress, run.seed)
+                for step in steps if left else ():
                     beat(step.step)
                     averages.update(model, progress)
                     curves.add(step, progress)

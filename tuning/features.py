@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -46,19 +46,28 @@ class View:
         return self.feed.epoch(self.epoch)
 
 
+class Computed(NamedTuple):
+    """What was computed once of every image, in the order of the dataset, on the device.
+
+    Attributes:
+        features: ``(N, ...)`` float32. A picture that can't be read has the row of the next one, as in training.
+        labels: ``(N,)`` int64, of the same rows.
+        read: ``(N,)`` bool, whether the picture itself could be read: others don't count in an evaluation.
+    """
+
+    features: Tensor
+    labels: Tensor
+    read: Tensor
+
+
 def compute_features(
     accelerator: Accelerator, model: nn.Module, feed: EveryImage, forward: str | None = None, part: Part | None = None
-) -> tuple[Tensor, Tensor]:
+) -> Computed:
     """What *part* takes for all images, and labels, on every process; leaves the model in evaluation mode.
-
-    A picture that can't be read takes the row of the next one, as training does.
 
     Args:
         forward: how the model is run (`tuning.frozen`); None = in the precision of training.
         part: of the model; None = its head, which takes pooled features.
-
-    Returns:
-        features ``(N, ...)`` float32 and labels ``(N,)`` int64, on the device, in the order of the dataset.
 
     Raises:
         UserError: the model's head does more than classify pooled features.
@@ -67,9 +76,7 @@ def compute_features(
     return _every_image(accelerator, feed, forward, lambda images: part.below(model, images), model, part)
 
 
-def pooled_features(
-    accelerator: Accelerator, model: nn.Module, feed: EveryImage, part: nn.Module
-) -> tuple[Tensor, Tensor]:
+def pooled_features(accelerator: Accelerator, model: nn.Module, feed: EveryImage, part: nn.Module) -> Computed:
     """Pooled features ``(N, C)`` and labels, as `compute_features`, of a feed that gives what *part* takes.
 
     Args:
@@ -86,7 +93,7 @@ def _every_image(
     below: Callable[[Tensor], Tensor],
     whole: nn.Module,
     above: nn.Module,
-) -> tuple[Tensor, Tensor]:
+) -> Computed:
     """What *below* makes of every image; *above* must make of that what *whole* makes of the image."""
     whole.eval()
     lower, parts = InParts(below), list[tuple[Tensor, ...]]()
@@ -119,27 +126,29 @@ def _check_split(whole: nn.Module, above: nn.Module, inputs: Tensor, made: Tenso
         )
 
 
-def _in_order(features: Tensor, labels: Tensor, counted: Tensor, index: Tensor, images: int) -> tuple[Tensor, Tensor]:
+def _in_order(features: Tensor, labels: Tensor, counted: Tensor, index: Tensor, images: int) -> Computed:
     if not counted.any():
         raise UserError(f"none of the {images} pictures could be read; check --data.")
     rows = torch.full((images,), -1, dtype=torch.int64, device=features.device)
     rows[index[counted]] = torch.nonzero(counted).flatten()
-    known = torch.nonzero(rows >= 0).flatten()
+    read = rows >= 0
+    known = torch.nonzero(read).flatten()
     following = torch.searchsorted(known, torch.arange(images, device=rows.device)) % len(known)
     rows = rows[known[following]]
     # Cloned outside inference mode: the head's backward needs ordinary tensors.
-    return features[rows].clone(), labels[rows].clone()
+    return Computed(features[rows].clone(), labels[rows].clone(), read.clone())
 
 
 class CachedEval:
     """Evaluation batches from cached features, dealt out like `EvalFeed`'s."""
 
-    def __init__(self, features: Tensor, labels: Tensor, order: EvalOrder) -> None:
-        self.features, self.labels, self.order = features, labels, order
+    def __init__(self, computed: Computed, order: EvalOrder) -> None:
+        self.computed, self.order = computed, order
 
     def __iter__(self) -> Iterator[Micro]:
         for items in self.order.micro_batches():
             index = torch.tensor([item.row for item in items])
-            weights = torch.tensor([item.weight for item in items], device=self.features.device)
-            chosen = index.to(self.features.device)
-            yield Micro(self.features[chosen], self.labels[chosen], weights, index)
+            features, labels, read = self.computed
+            weights = torch.tensor([item.weight for item in items], device=features.device)
+            chosen = index.to(features.device)
+            yield Micro(features[chosen], labels[chosen], weights * read[chosen], index)

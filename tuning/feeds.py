@@ -113,11 +113,11 @@ def _cached(
     made = [compute_features(accelerator, entered.model, feed, entered.forward, part) for feed in (*views, evaluation)]
     unreadable.check()
     entered.train_mode()
-    (features, labels), *others, judged = made
-    size = CACHED_EVAL_BATCH if features.dim() == 2 else EVAL_BATCH
+    first, *others, judged = made
+    size = CACHED_EVAL_BATCH if first.features.dim() == 2 else EVAL_BATCH
     place = size, accelerator.process_index, accelerator.num_processes
-    once, evaluated = (CachedEval(*some, EvalOrder(len(some[1]), *place)) for some in (made[0], judged))
-    train = FeatureFeed(features, labels, order, [more for more, _ in others])
+    once, evaluated = (CachedEval(some, EvalOrder(len(some.labels), *place)) for some in (first, judged))
+    train = FeatureFeed(first.features, first.labels, order, [more.features for more in others])
     return StageFeeds(train, evaluated, part, (once, part))
 
 

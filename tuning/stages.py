@@ -164,6 +164,8 @@ class Stage:
             return []
         warmup = self.warmup_steps(steps_per_epoch)
         steps = self.steps(steps_per_epoch) - warmup
+        if steps < 1:
+            return []
         first = steps if self.cycle_epochs is None else max(1, round(self.cycle_epochs * steps_per_epoch))
         return [warmup + end for end in schedules.restarts(first, self.cycle_mult, steps + 1)]
 

@@ -84,3 +84,15 @@ def test_a_killed_run_of_two_processes_goes_on_bit_by_bit(large: Path, tmp_path:
     assert again.codes == [0, 0], again.stderr
     assert differences(tmp_path / "cut/run", tmp_path / "whole/run") == []
     shutil.rmtree(tmp_path / "two")
+
+
+def test_what_cannot_be_read_does_not_count_on_features_either(photos: Path, finetune: Run, tmp_path: Path) -> None:
+    broken = shutil.copytree(photos, tmp_path / "broken")
+    files = sorted(path for path in (broken / "val").rglob("*") if path.is_file())
+    files[0].write_bytes(files[0].read_bytes()[:200])
+    head = ("--data", str(broken), *SMALL, "--freeze-epochs", "1", "--epochs", "0", "--max-unreadable", "1")
+    for output, more in (("live", ()), ("cached", ("--cache-features",))):
+        done = finetune(*head, *more, "--output", output)
+        assert done.returncode == 0, done.stderr
+        records = [json.loads(line) for line in (tmp_path / output / "metrics.jsonl").read_text().splitlines()]
+        assert {record["eval/images"] for record in records if "eval/images" in record} == {len(files) - 1}, output

@@ -180,11 +180,13 @@ def ending_by(number: signal.Signals) -> Callable[..., Any]:
     return signalled
 
 
+@pytest.mark.parametrize("limit", [(), ("--max-steps", "2")], ids=["whole", "max-steps"])
 def test_a_run_without_its_report_gets_it_later(
-    nasty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finetune: Run
+    nasty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finetune: Run, limit: tuple[str, ...]
 ) -> None:
     """Killed in its analysis; then a page that can't be made; then complete: the run is done all the while."""
-    flags, run = ("--data", str(nasty), *SMALL, *SHORT, "--output", "run", "--tracker", "none"), tmp_path / "run"
+    run = tmp_path / "run"
+    flags = ("--data", str(nasty), *SMALL, *SHORT, *limit, "--output", "run", "--tracker", "none")
     with monkeypatch.context() as patched:
         patched.setattr(predicting, "_piece", ending_by(signal.SIGKILL))
         assert finetune(*flags).returncode == -signal.SIGKILL

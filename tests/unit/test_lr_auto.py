@@ -47,6 +47,12 @@ def test_when_a_run_searches() -> None:
     assert searches(plan, "sizes") == searching_stages(plan, "sizes") == [1, 3]
 
 
+def test_another_kind_of_optimizer_needs_a_search_of_its_own() -> None:
+    adamw, sgd = (plain_stage(find_lr=True, optimizer=name) for name in ("adamw", "sgd"))
+    lamb = plain_stage(find_lr=True, optimizer="lamb")
+    assert searches(planned(adamw, lamb, sgd, sgd, adamw), "start") == [0, 2, 4]
+
+
 def test_what_is_found_moves_every_group_and_only_where_it_was_asked_for() -> None:
     asked, fixed = plain_stage(lr=3e-4, lr_ratio=0.1, find_lr=True), plain_stage(lr=1e-2)
     plan = planned(asked, fixed)

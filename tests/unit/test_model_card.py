@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from plain_stages import plain_stage
 
 from tuning.errors import UserError
 from tuning.models import licences, model_card
@@ -73,6 +74,14 @@ def test_the_card_of_a_run_says_what_the_run_knows(run: Path) -> None:
     assert "data: unknown" in text
     assert "![curves](curves.png)" in text
     assert (run / "model" / "curves.png").read_bytes() == b"PNG"
+
+
+def test_a_rate_that_was_found_holds_until_the_next_is(tmp_path: Path) -> None:
+    lines = [{"stage": 1, "lr_finder/chosen": 2e-4}, {"stage": 3, "lr_finder/chosen": 1e-2}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": 5, **line}) + "\n" for line in lines))
+    asks = [False, True, True, True, False]
+    stages = [plain_stage(find_lr=asked) for asked in asks]
+    assert model_card._found_rates(tmp_path, stages) == {1: 2e-4, 2: 2e-4, 3: 1e-2}
 
 
 def test_no_folder_of_the_machine_is_published(run: Path) -> None:

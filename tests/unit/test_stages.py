@@ -94,6 +94,12 @@ def test_a_cut_cycle_is_announced(epochs: int, changes: dict[str, Any], expected
     assert said is None if expected is None else said is not None and expected in said
 
 
+def test_a_warm_up_that_fills_the_stage_leaves_no_cycle() -> None:
+    stage = staged(schedule="sgdr", epochs=1, warmup_epochs=0.9)
+    assert stage.cycle_ends(1) == stage.cycle_ends(4) == []
+    assert stage.cycle_ends(10) == [10]
+
+
 def test_a_stage_without_a_restart_is_announced() -> None:
     said = " ".join(staged(schedule="sgdr", cycle_epochs=None).notes(PER_EPOCH))
     assert "is one SGDR cycle without a restart" in said

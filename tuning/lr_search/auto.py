@@ -22,11 +22,14 @@ def before_search(stage: Stage, model: nn.Module) -> Stage:
 
 
 def must_search(plan: Sequence[StagePlan], progress: Progress, when: Literal["start", "stages", "sizes"]) -> bool:
-    """Whether the stage that begins now needs a search; a run that goes on within it has made its own."""
+    """Whether the stage that begins now needs a search; a run that goes on within it has made its own.
+
+    Where the optimizer is of another kind than the one that was searched for, its rates say nothing (`kind_of`).
+    """
     planned, before = plan[progress.stage], progress.searched
     if not planned.stage.find_lr or progress.stage_step > 0 or before == progress.stage:
         return False
-    if before is None or when == "stages":
+    if before is None or when == "stages" or kind_of(plan[before].stage.optimizer) != kind_of(planned.stage.optimizer):
         return True
     return when == "sizes" and plan[before].image_size != planned.image_size
 

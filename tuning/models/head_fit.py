@@ -111,7 +111,7 @@ def fit_head(
         UserError: the model's head is more than one linear layer on pooled features.
     """
     classifier = linear_classifier(model)
-    features, labels = pooled_features(accelerator, model, feed, part)
+    features, labels, _ = pooled_features(accelerator, model, feed, part)
     weights = torch.ones(classes) if class_weights is None else class_weights
     penalty = 0.0
     if accelerator.is_main_process:

@@ -20,6 +20,7 @@ from tuning.cli.command_line import parse_command
 from tuning.errors import UserError
 from tuning.models import card_metrics, licences
 from tuning.models.build import ModelInfo
+from tuning.stages import Stage
 from tuning.tracking.records import number, read_records
 from tuning.tracking.run_folder import CONFIG, RunFolder
 
@@ -176,7 +177,7 @@ def _stages_text(run: Path | None) -> str:
         stages = parse_command(("--config", str(run / CONFIG)), "recipes/finetune.py", "", run).stages
     except UserError:
         return ""
-    found = _found_rates(run)
+    found = _found_rates(run, stages)
     rows = [
         (
             *(_plain(stage.name), _plain(stage.open), stage.epochs, stage.optimizer),
@@ -188,10 +189,16 @@ def _stages_text(run: Path | None) -> str:
     return card_metrics.table(("stage", "open", "epochs", "optimizer", "peak LR", "schedule", "batch"), rows)
 
 
-def _found_rates(run: Path) -> dict[int, float]:
-    """Peak learning rates that an LR finder chose, by stage; one that was found holds for all stages that follow."""
+def _found_rates(run: Path, stages: Sequence[Stage]) -> dict[int, float]:
+    """Peak learning rates that an LR finder chose, by stage; one that was found holds until the next is."""
     records = read_records(RunFolder(run).metrics)
-    return {r["stage"]: rate for r in records if (rate := number(r.get("lr_finder/chosen"))) is not None}
+    chosen = {r["stage"]: rate for r in records if (rate := number(r.get("lr_finder/chosen"))) is not None}
+    rates, latest = dict[int, float](), None
+    for n, stage in enumerate(stages):
+        latest = chosen.get(n, latest)
+        if stage.find_lr and latest is not None:
+            rates[n] = latest
+    return rates
 
 
 def _licence_text(described: Described) -> str:
